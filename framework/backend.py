@@ -1,0 +1,290 @@
+"""The contract of a backend: `Backend` builds a `Model`, a `Model` makes a `Cache` and steps it."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from framework.checkpoint import open_checkpoint
+from framework.codec import Codec, codecs
+from framework.errors import KvtwinError
+from framework.policy import Phase, Policy, budgets, policies
+from framework.snapshot import Snapshot
+from framework.spec import ModelSpec
+from framework.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from framework.decode import Generated, Sampling
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that a cache holds now, measured on its arrays.
+
+    `payload`: keys and values of kept tokens. `scales`: what a codec stores beside its codes. `positions`, `memory`:
+    of kept tokens. `queries`: the newest queries that a policy asked for. `padding`: allocated and empty. `capacity`:
+    all of it, i.e. the sum of the others.
+    """
+
+    payload: int
+    scales: int
+    positions: int
+    memory: int
+    queries: int
+    padding: int
+
+    @property
+    def capacity(self) -> int:
+        """Everything allocated."""
+        return self.payload + self.scales + self.positions + self.memory + self.queries + self.padding
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One eviction of one layer, as a backend took it: physical slots with what decided."""
+
+    positions: Int[np.ndarray, "batch kv_heads slots"]
+    scores: Float[np.ndarray, "batch kv_heads slots"]
+    protected: Bool[np.ndarray, "batch kv_heads slots"]
+    kept: Int[np.ndarray, "batch kv_heads kept"]
+
+
+class Cache(ABC):
+    """The keys and values of a batch of sequences, under one policy and one codec.
+
+    A step consumes its cache: the one that it returns replaces it, and using the old one raises. Rows are sequences;
+    a row advances only by the real tokens that it is given.
+    """
+
+    spec: ModelSpec
+    policy: Policy
+    codec: Codec
+    batch: int
+    capacity: int | None
+    length: int | None
+    consumed: bool = False
+
+    def consume(self) -> None:
+        """Mark this cache as used up; raises when it already was."""
+        self.alive()
+        self.consumed = True
+
+    def alive(self) -> None:
+        """Raises when a step has consumed this cache."""
+        if self.consumed:
+            raise KvtwinError(
+                "this cache was consumed by a step; use the cache that the step returned, or fork() before stepping"
+            )
+
+    @property
+    @abstractmethod
+    def seen(self) -> Int[np.ndarray, "batch"]:
+        """Tokens that each row has been given."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> Bytes:
+        """What the cache occupies, measured."""
+
+    @property
+    def kept(self) -> list[Int[np.ndarray, "batch kv_heads kept"]]:
+        """Positions held in each layer, rising, -1 padded."""
+        return self.snapshot().kept
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot:
+        """The cache as NumPy arrays in canonical order."""
+
+    @abstractmethod
+    def fork(self, rows: int = 1) -> "Cache":
+        """A deep copy; `rows` > 1 copies a cache of one row into that many."""
+
+    @abstractmethod
+    def rows(self, index: Sequence[int]) -> "Cache":
+        """A new cache with these rows, in this order; the old one stays usable."""
+
+    @abstractmethod
+    def roll_back(self, count: int) -> "Cache":
+        """The cache as if the last `count` tokens of every row had never come, consuming this one.
+
+        Refused where something was lost: an eviction since then, or a policy whose memory or queries cannot be undone.
+        """
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to one safetensors file; `Model.restore(path)` of any backend reads it."""
+        self.snapshot().save(path)
+
+    def check_rows(self, index: Sequence[int]) -> None:
+        """Raises unless every entry names a row."""
+        self.alive()
+        wrong = [row for row in index if not -self.batch <= row < self.batch]
+        if wrong or not len(index):
+            raise KvtwinError(f"rows {list(index)} of a cache with batch {self.batch}; expected indices below {self.batch}")
+
+    def check_roll_back(self, count: int, seen: np.ndarray, dropped: np.ndarray) -> None:
+        """Raises unless the last `count` tokens can be taken back without a trace."""
+        needs = self.policy.needs
+        if count < 0 or (count > seen).any():
+            raise KvtwinError(f"cannot roll back {count} tokens: the rows have seen {seen.tolist()}")
+        if not count:
+            return
+        if (dropped > seen - count).any():
+            raise KvtwinError(
+                f"cannot roll back {count} tokens: tokens were evicted within them, and what is dropped is gone; "
+                "fork() before the part that may be taken back"
+            )
+        if self.policy.memory or needs.queries:
+            what = "memory" if self.policy.memory else "newest queries"
+            raise KvtwinError(
+                f"cannot roll back under {policies.spelling(self.policy)}: its {what} cannot be undone; "
+                "fork() before the part that may be taken back"
+            )
+
+
+class Model(ABC):
+    """A decoder with its weights on one backend. NumPy in, NumPy out."""
+
+    spec: ModelSpec
+    dtype: str
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def cache(
+        self,
+        policy: str | Policy = "full()",
+        codec: str | Codec = "full()",
+        batch: int = 1,
+        capacity: int | None = None,
+        length: int | None = None,
+    ) -> Cache:
+        """An empty cache.
+
+        `capacity`: most tokens per row in layers that evict nothing; beyond it a step raises (None: grows as needed).
+        `length`: the final number of tokens when known; the angles of dynamic rope scaling depend on it.
+        """
+
+    @abstractmethod
+    def step(
+        self,
+        tokens: Int[np.ndarray, "batch tokens"] | Sequence[Sequence[int]],
+        cache: Cache | None = None,
+        *,
+        logits: Literal["last", "all"] | None = "last",
+        phase: Phase | None = None,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        taps: dict[str, np.ndarray] | None = None,
+    ) -> tuple[Float[np.ndarray, "batch tokens vocab"] | None, Cache]:
+        """Append the tokens, attend, then evict; returns the logits and the cache that replaces the given one.
+
+        `tokens`: ids; -1 is padding, anywhere in a row, and a row of padding does not advance. `cache` None: a new
+        full one. `logits`: "last" of each row's last real token [batch, 1, vocab], "all", or None; at padding 0.
+        `phase`: "prefill" evicts at the end of the call, "decode" every `policy.interval` steps; by default the first
+        call on a cache is prefill and later ones decode. `evict=False` holds everything back until the next call that
+        evicts (chunked prefill). `forced`: kept positions per layer, which replace the policy's choice where this
+        call evicts. `decisions`: a list that receives one entry per layer when this call evicts. `taps`: a dict that
+        receives the named values inside the model, in order.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        cache: Cache,
+        logits: Float[np.ndarray, "batch vocab"],
+        sampling: "Sampling",
+        stop: Sequence[int],
+        steps: int,
+        first: int = 0,
+        active: Bool[np.ndarray, "batch"] | None = None,
+    ) -> tuple[Int[np.ndarray, "batch steps"], Float[np.ndarray, "batch vocab"], Cache]:
+        """Choose a token from the logits and step with it, `steps` times; -1 after a row's stop token.
+
+        The stop token itself is part of the result and of the cache. `first` is the number of tokens chosen before,
+        which the noise of sampling depends on. Rows where `active` is False take no part.
+        """
+
+    @abstractmethod
+    def restore(self, source: Snapshot | str | os.PathLike) -> Cache:
+        """A cache from a snapshot, or from a file that `Cache.save` of any backend wrote."""
+
+    def generate(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Any) -> "Generated":
+        """Continue the prompts; the options are those of `framework.decode.generate`."""
+        from framework.decode import generate
+
+        return generate(self, prompts, **options)
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Yield the continuation of one prompt piece by piece; options as in `framework.decode.stream`."""
+        from framework.decode import stream
+
+        return stream(self, prompt, **options)
+
+
+class Backend(ABC):
+    """A library that runs models, as a value."""
+
+    name: str
+    dtypes: tuple[str, ...]
+
+    @abstractmethod
+    def build(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        dtype: str = "float32",
+        tokenizer: Tokenizer | None = None,
+    ) -> Model:
+        """A model from canonical weights, cast to `dtype`. A tokenizer of bytes when none is given."""
+
+    def load(self, name: str | os.PathLike, dtype: str = "float32") -> Model:
+        """A bundled model by name, a Hugging Face folder on disk, or "org/name" through the hub's cache."""
+        checkpoint = open_checkpoint(name)
+        return self.build(checkpoint.spec, checkpoint.weights, dtype, checkpoint.tokenizer)
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raises unless this backend computes in `dtype`."""
+        if dtype not in self.dtypes:
+            raise KvtwinError(f"backend {self.name} does not compute in {dtype!r}; expected one of {', '.join(self.dtypes)}")
+
+
+def read_policy(policy: str | Policy, spec: ModelSpec) -> tuple[Policy, tuple[int | None, ...]]:
+    """The policy without its budget, which is static under a compiled step, and the budgets of the layers."""
+    made = policies.make(policy) if isinstance(policy, str) else policy
+    each = budgets(made, spec)
+    if made.repositions and made.needs.queries:
+        raise KvtwinError(f"policy {policies.spelling(made)} repositions and reads queries; expected one of the two")
+    return replace(made, budget=None), each
+
+
+def read_codec(codec: str | Codec) -> Codec:
+    """The codec, made from its spelling."""
+    return codecs.make(codec) if isinstance(codec, str) else codec
+
+
+def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarray, "batch tokens"]:
+    """Token ids as int32 [batch, tokens]; shorter rows of a ragged list are padded with -1 on the right."""
+    if not isinstance(tokens, np.ndarray):
+        rows = [np.asarray(row) for row in tokens]
+        if not rows or any(row.ndim != 1 for row in rows):
+            raise KvtwinError("tokens came as no list of rows; expected [batch, tokens]")
+        wide = max(len(row) for row in rows)
+        filled = [np.concatenate([row, np.full(wide - len(row), -1)]) for row in rows]
+        tokens = np.stack(filled) if wide else np.zeros((len(rows), 0), np.int32)
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise KvtwinError(f"tokens have shape {tokens.shape}; expected [batch, tokens] with at least one token")
+    if tokens.dtype.kind not in "iu" and not (tokens == tokens.astype(np.int64)).all():
+        raise KvtwinError(f"tokens have dtype {tokens.dtype}; expected integers")
+    if batch is not None and tokens.shape[0] != batch:
+        raise KvtwinError(f"tokens have {tokens.shape[0]} rows; expected {batch}, the batch of the cache")
+    wrong = (tokens >= spec.vocab) | (tokens < -1)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise KvtwinError(
+            f"token {tokens[row, column]} at row {row}, column {column}; expected 0 to {spec.vocab - 1}, or -1 for padding"
+        )
+    return tokens.astype(np.int32)

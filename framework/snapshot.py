@@ -1,0 +1,154 @@
+"""A cache as data: NumPy arrays in one canonical order, which every backend can give and take.
+
+Slots are in position order with the empty ones last, so two caches that hold the same tokens are equal as snapshots
+whatever their physical layout. The file form is one safetensors file; it is written under a temporary name and renamed.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from framework.errors import KvtwinError
+from framework.shapes import EMPTY
+from framework.spec import ModelSpec
+
+FORMAT = "kvtwin-cache-1"
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """One layer: its streams, positions, the policy's memory and the newest queries (None where no policy asks)."""
+
+    streams: dict[str, Shaped[np.ndarray, "batch kv_heads slots width"]]
+    positions: Int[np.ndarray, "batch kv_heads slots"]
+    memory: dict[str, Shaped[np.ndarray, "batch kv_heads slots"]]
+    queries: Shaped[np.ndarray, "batch kv_heads group window head_dim"] | None = None
+    query_positions: Int[np.ndarray, "batch window"] | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole cache.
+
+    `seen`: tokens of each row so far. `dropped`: what `seen` was when a token of the row was last evicted (0: never).
+    `steps`: decode steps since the last prefill. `pending`: the last call appended without evicting. `length`: the
+    declared final length, or None.
+    """
+
+    spec: ModelSpec
+    policy: str
+    codec: str
+    dtype: str
+    layers: tuple[LayerSnapshot, ...]
+    seen: Int[np.ndarray, "batch"]
+    dropped: Int[np.ndarray, "batch"]
+    steps: int
+    pending: bool
+    capacity: int | None
+    length: int | None
+
+    @property
+    def kept(self) -> list[Int[np.ndarray, "batch kv_heads kept"]]:
+        """Positions held in each layer, rising, -1 padded."""
+        return [layer.positions for layer in self.layers]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, or leave what was there."""
+        arrays = {"seen": self.seen, "dropped": self.dropped}
+        for index, layer in enumerate(self.layers):
+            arrays |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
+            arrays |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
+            arrays[f"{index}.positions"] = layer.positions
+            if layer.queries is not None:
+                arrays[f"{index}.queries"] = layer.queries
+                arrays[f"{index}.query_positions"] = layer.query_positions
+        facts = {
+            key: getattr(self, key) for key in ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
+        }
+        facts |= {"format": FORMAT, "spec": asdict(self.spec)}
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise KvtwinError(f"cannot save the cache to {target}: the folder {target.parent} does not exist")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            save_file(contiguous, temporary, metadata={"kvtwin": json.dumps(facts)})
+            os.replace(temporary, target)
+        except OSError as error:
+            raise KvtwinError(f"cannot save the cache to {target}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, spec: ModelSpec) -> "Snapshot":
+        """Read a file that `save` wrote, for a model of this spec; anything else is refused."""
+        if not Path(path).is_file():
+            raise KvtwinError(f"no cache file at {path}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                facts = json.loads((file.metadata() or {}).get("kvtwin", "{}"))
+                arrays = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise KvtwinError(f"{path} is not a readable cache file: {error}") from error
+        if facts.pop("format", None) != FORMAT:
+            raise KvtwinError(f"{path} is not a kvtwin cache of format {FORMAT}")
+        came, expected = facts.pop("spec"), json.loads(json.dumps(asdict(spec)))
+        if came != expected:
+            differing = sorted(key for key in expected if came.get(key) != expected[key])
+            raise KvtwinError(f"{path} is a cache of another model: {', '.join(differing)} differ from this model's spec")
+        try:
+            layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
+            return cls(spec=spec, layers=layers, seen=arrays["seen"], dropped=arrays["dropped"], **facts)
+        except KeyError as error:
+            raise KvtwinError(f"{path} lacks the array {error}; the file is damaged") from error
+
+
+def _layer(arrays: dict[str, np.ndarray], index: int) -> LayerSnapshot:
+    def under(kind: str) -> dict[str, np.ndarray]:
+        head = f"{index}.{kind}."
+        return {key.removeprefix(head): value for key, value in arrays.items() if key.startswith(head)}
+
+    return LayerSnapshot(
+        streams=under("stream"),
+        positions=arrays[f"{index}.positions"],
+        memory=under("memory"),
+        queries=arrays.get(f"{index}.queries"),
+        query_positions=arrays.get(f"{index}.query_positions"),
+    )
+
+
+def canonical(
+    streams: dict[str, np.ndarray],
+    positions: np.ndarray,
+    memory: dict[str, np.ndarray],
+    queries: np.ndarray | None = None,
+    query_positions: np.ndarray | None = None,
+) -> LayerSnapshot:
+    """Physical arrays of one layer in position order, cut to the largest number of tokens that a head holds.
+
+    Empty places are zero in streams and memory.
+    """
+    far = np.where(positions < 0, np.iinfo(np.int32).max, positions)
+    width = int((positions >= 0).sum(-1).max(initial=0))
+    order = np.argsort(far, axis=-1, kind="stable")[..., :width]
+    ranked = np.take_along_axis(positions, order, axis=-1)
+    hole = ranked == EMPTY
+
+    def gather(x: np.ndarray) -> np.ndarray:
+        if x.ndim == 3:
+            return np.where(hole, x.dtype.type(0), np.take_along_axis(x, order, axis=-1))
+        return np.where(hole[..., None], x.dtype.type(0), np.take_along_axis(x, order[..., None], axis=2))
+
+    return LayerSnapshot(
+        {key: gather(value) for key, value in streams.items()},
+        ranked.astype(np.int32),
+        {key: gather(value) for key, value in memory.items()},
+        queries,
+        query_positions,
+    )
