@@ -49,12 +49,12 @@ class Tokenizer(ABC):
 def tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint: Hugging Face's where the folder has its files, else bytes."""
     if any((folder / name).exists() for name in FILES):
-        return Foreign(folder)
-    return Bytes()
+        return ForeignTokenizer(folder)
+    return ByteTokenizer()
 
 
 @final
-class Bytes(Tokenizer):
+class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8; higher ids are special and have no text."""
 
     def encode(self, text: str) -> list[int]:
@@ -67,7 +67,7 @@ class Bytes(Tokenizer):
 
     def decoder(self) -> Decoder:
         """A decoder of bytes."""
-        return _BytesDecoder()
+        return _ByteDecoder()
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Refused: bytes have no template."""
@@ -75,7 +75,7 @@ class Bytes(Tokenizer):
 
 
 @final
-class _BytesDecoder(Decoder):
+class _ByteDecoder(Decoder):
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -96,7 +96,7 @@ def _bytes(tokens: Iterable[int]) -> bytes:
 
 
 @final
-class Foreign(Tokenizer):
+class ForeignTokenizer(Tokenizer):
     """Hugging Face's AutoTokenizer on a folder. Only this class imports transformers, and with it torch."""
 
     def __init__(self, folder: Path) -> None:
@@ -139,7 +139,7 @@ class Foreign(Tokenizer):
 class _ForeignDecoder(Decoder):
     """Decodes again from a token before the last piece, since a token's text may depend on its predecessor."""
 
-    def __init__(self, tokenizer: Foreign) -> None:
+    def __init__(self, tokenizer: ForeignTokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._start = self._read = 0  # decode from start; text up to read has been given out
