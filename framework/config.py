@@ -56,7 +56,7 @@ class Config:
             raise self.refuse(key, value, "a whole number")
         return None if value is None else int(value)
 
-    def number(self, key: str, default: Any = REQUIRED, least: float = 0.0, null: bool = False) -> Any:
+    def number(self, key: str, default: Any = REQUIRED, least: float | int = 0, null: bool = False) -> Any:
         """A finite number of at least `least`; `default` where it is absent; None where it is null and may be."""
         value = self.get(key, default)
         if value is None and (null or default is None):
@@ -242,7 +242,7 @@ def _yarn_fields(rope: Config, original: int, length: int) -> dict[str, Any]:
     }
 
 
-def _temper(factor: float, scale: float) -> float:
+def _temper(factor: float | int, scale: float | int) -> float:
     """YaRN's attention temperature, equation 22 of arXiv 2309.00071."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
