@@ -113,16 +113,16 @@ def _largest(
 ) -> Float32[Array, "batch 1"]:
     """The largest entry t of each row with `reached(t)`, exactly, where reached is true below t and false above it.
 
-    The magnitude is built bit by bit, as float32 has it: 8 steps for the exponent, 23 for the mantissa. Its products
-    and sums are exact. Below zero the search is for the largest magnitude that is NOT reached; t is the next entry.
+    The magnitude is built bit by bit, as float32 has it: 8 steps for the exponent (from 2^-64 up to 2^127), 23 for
+    the mantissa. Its products and sums are exact. Below zero the search is for the largest magnitude that is NOT
+    reached, and t is the next entry.
     """
     zero = xp.zeros_like(x[:, :1])
     positive = reached(zero)
     sign = xp.where(positive, zero + 1, zero - 1)
     magnitude = zero + _LEAST / 2
     for doublings in (64, 64, 32, 16, 8, 4, 2, 1):
-        # Clipped, since the next power after 2^127 is infinite.
-        tried = xp.clip(magnitude, max=2.0 ** (127 - doublings)) * 2.0**doublings
+        tried = magnitude * 2.0**doublings
         magnitude = xp.where(reached(sign * tried) == positive, tried, magnitude)
     magnitude = xp.where(magnitude < _LEAST, zero, magnitude)
     step = magnitude

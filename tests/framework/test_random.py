@@ -117,7 +117,7 @@ def test_hash_does_not_change():
 
 @pytest.mark.parametrize("varied", range(4), ids=["seed", "layer", "head", "position"])
 def test_hash_is_uniform_in_every_argument(varied):
-    """Chi-square over 256 bins, of the high and of the low bits; 340 is beyond the 99.9th percentile for 255 degrees."""
+    """Chi-square over 256 bins, of the high and of the low bits; 340: the 99.9th percentile for 255 degrees."""
     values = [5, 2, np.asarray([1]), 9]
     values[varied] = np.arange(100_000, dtype=np.int32)
     drawn = random.hash32(np, *values)
