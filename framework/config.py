@@ -46,7 +46,7 @@ class Config:
         self._read.add(key)
         value = self.values.get(key, default)
         if value is REQUIRED:
-            raise self.refuse(key, "absent", "a value")
+            raise KvtwinError(f"{self.place}: {key} is absent; expected a value")
         return value
 
     def integer(self, key: str, default: Any = REQUIRED, least: int = 1, null: bool = False) -> Any:
