@@ -107,7 +107,7 @@ def test_llama31() -> None:
     assert (spec.layers[0].heads, spec.layers[0].kv_heads, spec.layers[0].head_dim) == (32, 8, 128)
     assert (rope.kind, rope.factor, rope.original, rope.theta) == ("llama3", 8.0, 8192, 500000.0)
     assert spec.stop == (128001, 128008, 128009)
-    assert not (spec.qkv_bias or spec.output_bias or spec.ffn_bias or spec.tied or spec.post_norms)
+    assert (spec.qkv_bias, spec.output_bias, spec.ffn_bias, spec.tied, spec.post_norms) == (False,) * 5
 
 
 def test_gemma2() -> None:
