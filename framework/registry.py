@@ -54,11 +54,7 @@ class Registry(Generic[Member]):
                     f"expected {self._expected()}; found: {_listed(candidates)}"
                 )
             return candidates[class_name]
-        leaves = [
-            each
-            for each in candidates.values()
-            if not any(each is not other and issubclass(other, each) for other in candidates.values())
-        ]
+        leaves = _leaves(candidates)
         if len(leaves) != 1:
             raise KvtwinError(
                 f"{name!r} defines {len(leaves) or 'no'} {self.kind} classes"
@@ -174,7 +170,7 @@ class Registry(Generic[Member]):
         loaded = sys.modules[module]
         path = Path(str(loaded.__file__))
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        return f"{path}:{member.__qualname__}" if len(self._defined_in(loaded)) > 1 else str(path)
+        return f"{path}:{member.__qualname__}" if len(_leaves(self._defined_in(loaded))) > 1 else str(path)
 
     def _literal(self, value: Any) -> str:
         if isinstance(value, self.base):
@@ -200,6 +196,15 @@ def _public_name(entry: Path) -> str:
     """The member that a file or a package folder holds; empty where it holds none."""
     name = entry.stem if entry.suffix == ".py" else entry.name if (entry / "__init__.py").is_file() else ""
     return name if name.isidentifier() and not name.startswith("_") else ""
+
+
+def _leaves(classes: dict[str, type[Member]]) -> list[type[Member]]:
+    """Those of the classes from which none of the others derives."""
+    return [
+        each
+        for each in classes.values()
+        if not any(each is not other and issubclass(other, each) for other in classes.values())
+    ]
 
 
 def _import(name: str, kind: str) -> ModuleType:
