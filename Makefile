@@ -65,5 +65,5 @@ clean:
 
 .venv/test.stamp: .venv/base.stamp
 	@rm -f $@
-	$(PIP_INSTALL) -e '.[test]'
+	$(PIP_INSTALL) --quiet -e '.[test]'
 	@touch $@
