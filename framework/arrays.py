@@ -15,11 +15,16 @@ Namespace = ModuleType
 FAR = 2**31 - 1  # beyond any position
 
 
+def device(x: Array) -> Any:
+    """Where an array lives; None for a traced one, which has no place yet."""
+    return getattr(x, "device", None)
+
+
 def take_slots(
     xp: Namespace, x: Shaped[Array, "batch kv_heads slots *rest"], index: Int[Array, "batch kv_heads kept"]
 ) -> Shaped[Array, "batch kv_heads kept *rest"]:
     """The slots that `index` names, per row and head. Entries of -1 give slot 0: mask them with `keep`."""
-    index = xp.where(index < 0, xp.zeros_like(index), index)
+    index = xp.where(index < 0, 0, index)
     if x.ndim > 3:
         index = xp.broadcast_to(index[..., None], (*index.shape, x.shape[-1]))
     if hasattr(xp, "gather"):
@@ -35,19 +40,19 @@ def keep(
     hole = index < 0
     if x.ndim > 3:
         hole = hole[..., None]
-    return xp.where(hole, xp.asarray(empty, dtype=x.dtype, device=taken.device), taken)
+    return xp.where(hole, empty, taken)
 
 
 def softmax(
     xp: Namespace, x: Float[Array, "*axes slots"], mask: Bool[Array, "*#axes slots"]
 ) -> Float[Array, "*axes slots"]:
     """Softmax along the last axis over the entries where `mask` is True; a row without any gives 0."""
-    x = xp.where(mask, x, xp.asarray(-xp.inf, dtype=x.dtype, device=x.device))
+    x = xp.where(mask, x, -xp.inf)
     top = xp.max(x, axis=-1, keepdims=True)
-    top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
+    top = xp.where(xp.isfinite(top), top, 0.0)
     e = xp.exp(x - top)
     total = xp.sum(e, axis=-1, keepdims=True)
-    return e / xp.where(total == 0, xp.ones_like(total), total)
+    return e / xp.where(total == 0, 1.0, total)
 
 
 def pool(
@@ -55,7 +60,7 @@ def pool(
 ) -> Float[Array, "*axes slots"]:
     """Mean (or maximum) over `kernel` neighbouring slots, an odd number, with zeros beyond both ends."""
     side = kernel // 2
-    edge = xp.zeros((*x.shape[:-1], side), dtype=x.dtype, device=x.device)
+    edge = xp.zeros((*x.shape[:-1], side), dtype=x.dtype, device=device(x))
     wide = xp.concat([edge, x, edge], axis=-1)
     result = wide[..., : x.shape[-1]]
     for shift in range(1, 2 * side + 1):
@@ -68,5 +73,4 @@ def by_position(
     xp: Namespace, positions: Int[Array, "batch kv_heads slots"]
 ) -> Int[Array, "batch kv_heads slots"]:
     """Index that puts the slots in position order, the empty ones last."""
-    far = xp.asarray(FAR, dtype=positions.dtype, device=positions.device)
-    return xp.argsort(xp.where(positions < 0, far, positions), axis=-1)
+    return xp.argsort(xp.where(positions < 0, FAR, positions), axis=-1)

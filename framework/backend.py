@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +18,8 @@ from framework.spec import ModelSpec
 from framework.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from framework.decode import Generated, Sampling
+    from framework.decode import Sampling
+    from framework.generate import Generated
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Decision:
-    """One eviction of one layer, as a backend took it: physical slots with what decided."""
+    """One eviction of one layer as a backend decided it: the slots it saw, what decided, and the positions it chose."""
 
+    layer: int
     positions: Int[np.ndarray, "batch kv_heads slots"]
     scores: Float[np.ndarray, "batch kv_heads slots"]
     protected: Bool[np.ndarray, "batch kv_heads slots"]
@@ -113,6 +115,9 @@ class Cache(ABC):
 
         Refused where something was lost: an eviction since then, or a policy whose memory or queries cannot be undone.
         """
+
+    def expect(self, tokens: int) -> None:
+        """Announce how many tokens will follow the next call, so that fixed-size buffers are allocated once."""
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to one safetensors file; `Model.restore(path)` of any backend reads it."""
@@ -213,14 +218,14 @@ class Model(ABC):
         """A cache from a snapshot, or from a file that `Cache.save` of any backend wrote."""
 
     def generate(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Any) -> "Generated":
-        """Continue the prompts; the options are those of `framework.decode.generate`."""
-        from framework.decode import generate
+        """Continue the prompts; the options are those of `framework.generate.generate`."""
+        from framework.generate import generate
 
         return generate(self, prompts, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
-        """Yield the continuation of one prompt piece by piece; options as in `framework.decode.stream`."""
-        from framework.decode import stream
+        """Yield the continuation of one prompt piece by piece; options as in `framework.generate.stream`."""
+        from framework.generate import stream
 
         return stream(self, prompt, **options)
 
@@ -253,12 +258,12 @@ class Backend(ABC):
 
 
 def read_policy(policy: str | Policy, spec: ModelSpec) -> tuple[Policy, tuple[int | None, ...]]:
-    """The policy without its budget, which is static under a compiled step, and the budgets of the layers."""
+    """The policy, made from its spelling, and the budgets of the layers."""
     made = policies.make(policy) if isinstance(policy, str) else policy
     each = budgets(made, spec)
     if made.repositions and made.needs.queries:
         raise KvtwinError(f"policy {policies.spelling(made)} repositions and reads queries; expected one of the two")
-    return replace(made, budget=None), each
+    return made, each
 
 
 def read_codec(codec: str | Codec) -> Codec:

@@ -6,13 +6,13 @@ turns scores into a kept set (`survivors`, and `weakest` for one slot).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from framework.arrays import FAR, Array, Namespace, by_position, softmax
+from framework.arrays import FAR, Array, Namespace, device, softmax
 from framework.errors import KvtwinError
 from framework.registry import Registry
 from framework.spec import ModelSpec
@@ -125,7 +125,10 @@ class Policy(ABC):
         return False
 
     def note(self, view: View) -> Mapping[str, Float[Array, "batch kv_heads slots"]]:
-        """The memory after this call; runs after attention, before `score`."""
+        """The memory after this call; runs after attention, before `score`, at every call.
+
+        It must work slot by slot: it may see the slots in any order.
+        """
         return view.memory
 
     def protected(self, view: View) -> Bool[Array, "batch kv_heads slots"] | None:
@@ -167,8 +170,8 @@ def _rank(xp: Namespace, scores: Array, protected: Array | None, living: Array) 
     largest = xp.finfo(dtype).max
     rank = xp.clip(xp.astype(scores, dtype), -largest, largest)
     if protected is not None:
-        rank = xp.where(protected, xp.asarray(xp.inf, dtype=dtype, device=rank.device), rank)
-    return xp.where(living, rank, xp.asarray(-xp.inf, dtype=dtype, device=rank.device))
+        rank = xp.where(protected, xp.inf, rank)
+    return xp.where(living, rank, -xp.inf)
 
 
 def survivors(
@@ -189,14 +192,13 @@ def survivors(
     best_first = slots - 1 - xp.argsort(-xp.flip(rank, axis=-1), axis=-1, stable=True)
     place = xp.argsort(best_first, axis=-1)  # the inverse permutation
     stays = living & (place < budget[..., None])
-    here = xp.broadcast_to(xp.arange(slots, device=scores.device), scores.shape)
-    far = xp.asarray(FAR, dtype=here.dtype, device=here.device)
-    index = xp.sort(xp.where(stays, here, far), axis=-1)
+    here = xp.arange(slots, dtype=xp.int32, device=device(scores))
+    index = xp.sort(xp.where(stays, here, slots), axis=-1)
+    index = xp.where(index == slots, -1, index)[..., :capacity]
     if capacity > slots:
-        tail = xp.broadcast_to(far, (*index.shape[:-1], capacity - slots))
+        tail = xp.full((*index.shape[:-1], capacity - slots), -1, dtype=index.dtype, device=device(scores))
         index = xp.concat([index, tail], axis=-1)
-    index = index[..., :capacity]
-    return xp.astype(xp.where(index == far, xp.asarray(-1, dtype=index.dtype, device=index.device), index), xp.int32)
+    return xp.astype(index, xp.int32)
 
 
 def weakest(
@@ -209,38 +211,50 @@ def weakest(
     """The one slot that `survivors` drops first, in any slot order: filled but dead, else lowest score, oldest of equals."""
     filled = positions >= 0
     rank = _rank(xp, scores, protected, living)
-    infinity = xp.asarray(xp.inf, dtype=rank.dtype, device=rank.device)
-    rank = xp.where(filled, rank, infinity)
+    rank = xp.where(filled, rank, xp.inf)
     lowest = rank == xp.min(rank, axis=-1, keepdims=True)
-    far = xp.asarray(FAR, dtype=positions.dtype, device=positions.device)
-    return xp.argmin(xp.where(lowest & filled, positions, far), axis=-1)
+    return xp.argmin(xp.where(lowest & filled, positions, FAR), axis=-1)
 
 
-def judge(policy: Policy, view: View) -> tuple[Array, Array | None, Mapping[str, Array]]:
-    """Scores, protected slots and new memory of one layer; a policy that fails or gives a wrong shape is named."""
-    xp, shape = view.xp, tuple(view.positions.shape)
+def noted(policy: Policy, view: View) -> View:
+    """The view with the memory that the policy's `note` gives."""
+    if not policy.memory:
+        return view
+    memory = _call(policy, view, policy.note)
+    wrong = {key: getattr(value, "shape", None) for key, value in memory.items() if value.shape != view.positions.shape}
+    if set(memory) != set(policy.memory) or wrong:
+        raise KvtwinError(
+            f"policy {name(policy)}: note returned the memory {sorted(memory)} with wrong shapes {wrong}; "
+            f"expected {sorted(policy.memory)}, each {tuple(view.positions.shape)}"
+        )
+    return replace(view, memory=memory)
+
+
+def judge(policy: Policy, view: View) -> tuple[Array, Array | None]:
+    """Scores and protected slots of one layer; a policy that fails or returns a wrong shape is named."""
+    scores = _call(policy, view, policy.score)
+    protected = _call(policy, view, policy.protected)
+    for what, value in (("score", scores), ("protected", protected)):
+        shape = getattr(value, "shape", type(value).__name__)
+        if shape != view.positions.shape and not (what == "protected" and value is None):
+            raise KvtwinError(
+                f"policy {name(policy)}: {what} returned shape {shape if isinstance(shape, str) else tuple(shape)}; "
+                f"expected {tuple(view.positions.shape)}: one value per (batch, kv_heads, slots)"
+            )
+    return scores, protected
+
+
+def _call(policy: Policy, view: View, hook: Callable[[View], Any]) -> Any:
     try:
-        memory = policy.note(view)
-        view = replace(view, memory=memory)
-        scores = policy.score(view)
-        protected = policy.protected(view)
+        return hook(view)
     except KvtwinError:
         raise
     except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:200]
         raise KvtwinError(
-            f"policy {name(policy)} failed in {xp.__name__}: {type(error).__name__}: {str(error).splitlines()[0][:300]}\n"
+            f"policy {name(policy)} failed in {hook.__name__} on {view.xp.__name__}: {type(error).__name__}: {first}\n"
             "expected array code that runs on NumPy, torch and jax alike; `kvtwin check` shows a smallest example"
         ) from error
-    if tuple(getattr(scores, "shape", ())) != shape:
-        raise KvtwinError(
-            f"policy {name(policy)} returned scores of shape {tuple(getattr(scores, 'shape', ()))}; "
-            f"expected {shape}: one number per (batch, kv_heads, slots)"
-        )
-    if set(memory) != set(policy.memory):
-        raise KvtwinError(
-            f"policy {name(policy)}: note returned the memory {sorted(memory)}; expected {sorted(policy.memory)}"
-        )
-    return scores, protected, memory
 
 
 def ordered(view: View, order: Int[Array, "batch kv_heads slots"], take: Any) -> View:
@@ -284,6 +298,12 @@ def budgets(policy: Policy, spec: ModelSpec) -> tuple[int | None, ...]:
                 "what it protects, and at least 1"
             )
     return each
+
+
+def limit(budget: int | None, window: int | None) -> int | None:
+    """Most tokens that a head of this layer can hold after an eviction; None where nothing is ever evicted."""
+    bounds = [bound for bound in (budget, None if window is None else window - 1) if bound is not None]
+    return min(bounds, default=None)
 
 
 def overwrites(policy: Policy, budget: int | None, window: int | None) -> bool:

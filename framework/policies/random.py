@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from jaxtyping import Shaped
 
-from framework.arrays import Array
+from framework.arrays import Array, device
 from framework.policy import Policy, View
 from framework.random import hash32
 
@@ -24,7 +24,7 @@ class Random(Policy):
 
     def score(self, view: View) -> Shaped[Array, "batch kv_heads slots"]:
         xp = view.xp
-        heads = xp.arange(view.positions.shape[1], dtype=xp.int32, device=view.positions.device)
+        heads = xp.arange(view.positions.shape[1], dtype=xp.int32, device=device(view.positions))
         return hash32(xp, self.seed, view.layer, heads[None, :, None], view.positions)
 
     @classmethod

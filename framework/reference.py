@@ -1,0 +1,512 @@
+"""The specification as a program: decoder, cache and eviction in plain NumPy float64, slow and obvious.
+
+Each row is run alone, without padding, buffers or batches; each head keeps its own list of tokens; survivors are picked
+with Python's sort. When two backends disagree, this says who is right.
+"""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from framework.backend import Backend as Contract
+from framework.backend import Bytes, Cache, Decision, Model, read_codec, read_policy, read_tokens
+from framework.decode import Sampling, choose
+from framework.errors import KvtwinError
+from framework.policy import UNLIMITED, Policy, View, alive, judge, name, noted
+from framework.random import gumbel
+from framework.rope import angles
+from framework.snapshot import LayerSnapshot, Snapshot, canonical
+from framework.spec import Layer, ModelSpec
+from framework.tokenizer import ByteTokenizer, Tokenizer
+from framework.weights import check
+
+
+@dataclass
+class Head:
+    """What one kv head of one row holds, in position order."""
+
+    positions: np.ndarray
+    streams: dict[str, np.ndarray]
+    memory: dict[str, np.ndarray]
+
+
+@dataclass
+class Row:
+    """One sequence: `heads[layer][kv_head]`, and per layer the newest queries with their positions."""
+
+    heads: list[list[Head]]
+    queries: list[np.ndarray]
+    query_positions: list[np.ndarray]
+    seen: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class ReferenceCache(Cache):
+    """A list of rows."""
+
+    spec: ModelSpec
+    policy: Policy
+    codec: Any
+    budgets: tuple[int | None, ...]
+    content: list[Row]
+    capacity: int | None = None
+    length: int | None = None
+    steps: int = 0
+    pending: bool = False
+    consumed: bool = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.content)
+
+    @property
+    def seen(self) -> np.ndarray:
+        self.alive()
+        return np.array([row.seen for row in self.content], np.int32)
+
+    @property
+    def bytes(self) -> Bytes:
+        heads = [head for row in self.content for layer in row.heads for head in layer]
+        return Bytes(
+            payload=sum(x.nbytes for head in heads for x in head.streams.values()),
+            scales=0,
+            positions=sum(head.positions.nbytes for head in heads),
+            memory=sum(x.nbytes for head in heads for x in head.memory.values()),
+            queries=sum(x.nbytes for row in self.content for x in row.queries),
+            padding=0,
+        )
+
+    def snapshot(self) -> Snapshot:
+        self.alive()
+        layers = []
+        for index in range(len(self.spec.layers)):
+            grid = [row.heads[index] for row in self.content]
+            first = grid[0][0]
+            asked = self.policy.needs.queries > 0
+            layers.append(
+                canonical(
+                    {key: _stack([[head.streams[key] for head in row] for row in grid]) for key in first.streams},
+                    _stack([[head.positions for head in row] for row in grid], -1),
+                    {key: _stack([[head.memory[key] for head in row] for row in grid]) for key in first.memory},
+                    np.stack([row.queries[index] for row in self.content]) if asked else None,
+                    np.stack([row.query_positions[index] for row in self.content]) if asked else None,
+                )
+            )
+        return Snapshot(
+            spec=self.spec,
+            policy=name(self.policy),
+            codec="full()",
+            dtype="float64",
+            layers=tuple(layers),
+            seen=self.seen,
+            dropped=np.array([row.dropped for row in self.content], np.int32),
+            steps=self.steps,
+            pending=self.pending,
+            capacity=self.capacity,
+            length=self.length,
+        )
+
+    def fork(self, rows: int = 1) -> "ReferenceCache":
+        self.alive()
+        if rows != 1 and self.batch != 1:
+            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        return replace(self, content=[copy.deepcopy(row) for row in self.content for _ in range(rows)])
+
+    def rows(self, index: Sequence[int]) -> "ReferenceCache":
+        self.check_rows(index)
+        return replace(self, content=[copy.deepcopy(self.content[row]) for row in index])
+
+    def roll_back(self, count: int) -> "ReferenceCache":
+        self.alive()
+        self.check_roll_back(count, self.seen, np.array([row.dropped for row in self.content]))
+        result = self.fork()
+        self.consume()
+        for row in result.content:
+            row.seen -= count
+            for heads in row.heads:
+                for head in heads:
+                    _select(head, np.flatnonzero(head.positions < row.seen))
+        result.steps = max(0, self.steps - count)
+        return result
+
+
+def _select(head: Head, index: np.ndarray) -> None:
+    head.positions = head.positions[index]
+    head.streams = {key: value[index] for key, value in head.streams.items()}
+    head.memory = {key: value[index] for key, value in head.memory.items()}
+
+
+def _stack(grid: list[list[np.ndarray]], empty: float = 0) -> np.ndarray:
+    """Arrays [row][head] of different lengths as one array [row head slots ...], padded with `empty`."""
+    wide = max(x.shape[0] for row in grid for x in row)
+
+    def fill(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.full((wide - x.shape[0], *x.shape[1:]), empty, x.dtype)])
+
+    return np.stack([np.stack([fill(x) for x in row]) for row in grid])
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float) -> np.ndarray:
+    """RMSNorm (arXiv 1910.07467)."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * (weight + offset)
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotary embedding of [..., tokens, head_dim]: channel i turns with channel i + half."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@dataclass
+class ReferenceModel(Model):
+    """The decoder in float64."""
+
+    spec: ModelSpec
+    weights: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+    dtype: str = "float64"
+
+    def cache(
+        self,
+        policy: str | Policy = "full()",
+        codec: Any = "full()",
+        batch: int = 1,
+        capacity: int | None = None,
+        length: int | None = None,
+    ) -> ReferenceCache:
+        made, each = read_policy(policy, self.spec)
+        content = [self._row(made) for _ in range(batch)]
+        return ReferenceCache(self.spec, made, read_codec(codec), each, content, capacity, length)
+
+    def _row(self, policy: Policy) -> Row:
+        asked = policy.needs.queries
+        layers = self.spec.layers
+        return Row(
+            [[self._head(policy, layer) for _ in range(layer.kv_heads)] for layer in layers],
+            [np.zeros((layer.kv_heads, layer.group, asked, layer.head_dim)) for layer in layers],
+            [np.full(asked, -1, np.int32) for _ in layers],
+        )
+
+    def _head(self, policy: Policy, layer: Layer) -> Head:
+        return Head(
+            np.zeros(0, np.int32),
+            {key: np.zeros((0, stream.width)) for key, stream in layer.streams.items()},
+            {key: np.zeros(0) for key in policy.memory},
+        )
+
+    def step(
+        self,
+        tokens: Any,
+        cache: Any = None,
+        *,
+        logits: Any = "last",
+        phase: Any = None,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        taps: dict[str, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray | None, ReferenceCache]:
+        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
+        cache = cache or self.cache(batch=len(tokens))
+        given = (tokens >= 0).sum(1)
+        if cache.capacity is not None and None in cache.budgets and (cache.seen + given).max() > cache.capacity:
+            raise KvtwinError(f"{int((cache.seen + given).max())} tokens exceed the capacity {cache.capacity} of the cache")
+        phase = phase or ("decode" if cache.seen.any() else "prefill")
+        result = cache.fork()
+        cache.consume()
+        result.steps = result.steps + 1 if phase == "decode" else 0
+        whole = phase == "prefill" or result.pending  # also rows that got no token in this call are evicted
+        due = evict and (whole or result.steps % result.policy.interval == 0)
+        result.pending = not due and (result.pending or phase == "prefill")
+
+        every = np.zeros((*tokens.shape, self.spec.vocab))
+        tapped: list[dict[str, np.ndarray]] = []
+        taken: list[list[Decision]] = []
+        for index, row in enumerate(result.content):
+            columns = np.flatnonzero(tokens[index] >= 0)
+            values: dict[str, np.ndarray] = {}
+            views = self._forward(result, row, tokens[index, columns], phase, values)
+            if len(columns):
+                every[index, columns] = values["logits"]
+            tapped.append(values)
+            if due:
+                choice = None if forced is None else [kept[index] for kept in forced]
+                taken.append(self._evict(result, row, views, choice, whole or len(columns) > 0))
+        if decisions is not None and due:
+            decisions.extend(_join([one[layer] for one in taken]) for layer in range(len(taken[0])))
+        if taps is not None:
+            taps.update(_spread(tokens, tapped))
+        if logits == "last":
+            last = np.array([max(np.flatnonzero(row >= 0), default=0) for row in tokens])
+            return every[np.arange(len(tokens)), last][:, None], result
+        return (every if logits == "all" else None), result
+
+    def _forward(
+        self, cache: ReferenceCache, row: Row, tokens: np.ndarray, phase: Any, taps: dict[str, np.ndarray]
+    ) -> list[View]:
+        """Append and attend the tokens of one row; fills `taps`, returns what the policy sees of each layer."""
+        spec, w = self.spec, self.weights
+        positions = row.seen + np.arange(len(tokens), dtype=np.int32)
+        row.seen += len(tokens)
+
+        def linear(x: np.ndarray, key: str) -> np.ndarray:
+            return x @ w[f"{key}.weight"].T + w.get(f"{key}.bias", 0.0)
+
+        def norm(x: np.ndarray, key: str) -> np.ndarray:
+            return rms_norm(x, w[f"{key}.weight"], spec.norm_eps, spec.norm_offset)
+
+        x = taps["embed"] = w["embed.weight"][tokens] * spec.embed_scale
+        views = []
+        for index, layer in enumerate(spec.layers):
+            at = f"layers.{index}"
+            h = taps[f"{at}.attention_norm"] = norm(x, f"{at}.attention_norm")
+            q = linear(h, f"{at}.attention.query").reshape(len(tokens), layer.heads, layer.head_dim)
+            k = linear(h, f"{at}.attention.key").reshape(len(tokens), layer.kv_heads, layer.head_dim)
+            v = linear(h, f"{at}.attention.value").reshape(len(tokens), layer.kv_heads, layer.head_dim)
+            if spec.query_key_norm:
+                q, k = norm(q, f"{at}.attention.query_norm"), norm(k, f"{at}.attention.key_norm")
+            taps[f"{at}.attention.query"], taps[f"{at}.attention.key"] = q, k
+            taps[f"{at}.attention.value"] = v
+            mixed, view = self._attention(cache, row, index, positions, q, k, v, phase, taps)
+            views.append(view)
+            y = taps[f"{at}.attention.output"] = linear(mixed, f"{at}.attention.output")
+            x = x + (norm(y, f"{at}.attention_post_norm") if spec.post_norms else y)
+            h = norm(x, f"{at}.ffn_norm")
+            gate, up = linear(h, f"{at}.ffn.gate"), linear(h, f"{at}.ffn.up")
+            y = taps[f"{at}.ffn"] = linear(ACTIVATIONS[spec.activation](gate) * up, f"{at}.ffn.down")
+            x = x + (norm(y, f"{at}.ffn_post_norm") if spec.post_norms else y)
+            taps[f"{at}.output"] = x
+        x = taps["norm"] = norm(x, "norm")
+        out = x @ w["embed.weight" if spec.tied else "head.weight"].T
+        if spec.logit_softcap is not None:
+            out = spec.logit_softcap * np.tanh(out / spec.logit_softcap)
+        taps["logits"] = out
+        return views
+
+    def _attention(
+        self, cache: ReferenceCache, row: Row, index: int, positions: Any, q: Any, k: Any, v: Any, phase: Any, taps: Any
+    ) -> tuple[np.ndarray, View]:
+        layer, policy, at = self.spec.layers[index], cache.policy, f"layers.{index}.attention"
+
+        def turn(x: np.ndarray, where: np.ndarray) -> np.ndarray:
+            """Rotate [tokens heads head_dim] to these positions."""
+            if layer.rope is None:
+                return x
+            cos, sin = angles(layer.rope, where, cache.length)
+            return rotate(x, cos[:, None], sin[:, None])
+
+        if not policy.repositions:
+            q, k = turn(q, positions), turn(k, positions)
+        taps[f"{at}.query_rotated"], taps[f"{at}.key_rotated"] = q, k
+        mixed = np.zeros_like(q)
+        sums = []
+        for kv_head, head in enumerate(row.heads[index]):
+            head.positions = np.concatenate([head.positions, positions])
+            new = {"keys": k[:, kv_head], "values": v[:, kv_head]}
+            head.streams = {key: np.concatenate([head.streams[key], new[key]]) for key in new}
+            head.memory = {
+                key: np.concatenate([old, np.full(len(positions), policy.memory[key])])
+                for key, old in head.memory.items()
+            }
+            keys, values = head.streams["keys"], head.streams["values"]
+            rank = np.arange(len(keys))
+            if policy.repositions:
+                keys = turn(keys[:, None], rank)[:, 0]
+            received = np.zeros(len(keys))
+            for query_head in range(kv_head * layer.group, (kv_head + 1) * layer.group):
+                for token, position in enumerate(positions):
+                    query = q[token, query_head]
+                    if policy.repositions:
+                        own = rank[head.positions == position]
+                        query = turn(query[None, None], own)[0, 0]
+                    visible = head.positions <= position
+                    if layer.window is not None:
+                        visible &= head.positions > position - layer.window
+                    logits = keys[visible] @ query * layer.scale
+                    if layer.softcap is not None:
+                        logits = layer.softcap * np.tanh(logits / layer.softcap)
+                    weights = softmax(logits)
+                    mixed[token, query_head] = weights @ values[visible]
+                    received[visible] += weights / layer.group
+            sums.append(received)
+        asked = policy.needs.queries
+        if asked:
+            fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(1, 2, 0, 3)
+            row.queries[index] = np.concatenate([row.queries[index], fresh], 2)[:, :, -asked:]
+            row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-asked:]
+        mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
+        return mixed, self._note(cache, row, index, sums, phase, len(positions) > 0)
+
+    def _note(self, cache: ReferenceCache, row: Row, index: int, sums: list, phase: Any, active: bool) -> View:
+        """What the policy sees of this layer, its memory updated."""
+        layer, policy, heads = self.spec.layers[index], cache.policy, row.heads[index]
+        budget = UNLIMITED if cache.budgets[index] is None else cache.budgets[index]
+        view = View(
+            xp=xp,
+            phase=phase,
+            layer=index,
+            layers=len(self.spec.layers),
+            positions=_stack([[head.positions for head in heads]], -1),
+            budget=np.full((1, len(heads)), budget, np.int32),
+            seen=np.array([row.seen], np.int32),
+            memory={key: _stack([[head.memory[key] for head in heads]]) for key in policy.memory},
+            keys=_stack([[head.streams["keys"] for head in heads]]),
+            values=_stack([[head.streams["values"] for head in heads]]),
+            queries=row.queries[index][None] if policy.needs.queries else None,
+            query_positions=row.query_positions[index][None] if policy.needs.queries else None,
+            sums=_stack([sums]),
+            scale=layer.scale,
+            softcap=layer.softcap,
+            window=layer.window,
+        )
+        if active:
+            view = noted(policy, view)
+            for head, number in zip(heads, range(len(heads)), strict=True):
+                head.memory = {key: value[0, number, : len(head.positions)] for key, value in view.memory.items()}
+        return view
+
+    def _evict(
+        self, cache: ReferenceCache, row: Row, views: list[View], forced: list[np.ndarray] | None, active: bool
+    ) -> list[Decision]:
+        """Drop what does not survive in each bounded layer of one row; nothing in a row that is not active."""
+        taken = []
+        for index, view in enumerate(views):
+            budget, layer = cache.budgets[index], self.spec.layers[index]
+            if budget is None and layer.window is None:
+                continue
+            scores, protected = judge(cache.policy, view)
+            filled = view.positions >= 0
+            if np.isnan(scores[filled]).any():
+                raise KvtwinError(f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers")
+            protected = np.zeros_like(filled) if protected is None else protected & filled
+            living = alive(view.positions, view.seen, layer.window)
+            kept = []
+            for number, head in enumerate(row.heads[index]):
+                slots = [slot for slot in range(len(head.positions)) if living[0, number, slot]]
+                slots.sort(key=lambda s: (protected[0, number, s], scores[0, number, s], s), reverse=True)  # noqa: B023
+                slots = sorted(slots[: len(slots) if budget is None else budget])
+                if not active:
+                    slots = list(range(len(head.positions)))
+                kept.append(head.positions[slots])
+                if forced is not None and active:
+                    slots = [s for s, p in enumerate(head.positions) if p in forced[len(taken)][number]]
+                if len(slots) < len(head.positions):
+                    row.dropped = row.seen
+                _select(head, np.array(slots, np.int64))
+            taken.append(
+                Decision(index, view.positions, np.asarray(scores, np.float64), protected, _stack([kept], -1))
+            )
+        return taken
+
+    def decode(
+        self, cache: Any, logits: Any, sampling: Sampling, stop: Sequence[int], steps: int, first: int = 0, active: Any = None
+    ) -> tuple[np.ndarray, np.ndarray, ReferenceCache]:
+        batch = cache.batch
+        active = np.ones(batch, bool) if active is None else np.array(active)
+        rows, out = np.arange(batch), np.full((batch, steps), -1, np.int32)
+        numbers = [np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p), np.float32(sampling.min_p)]
+        for step in range(steps):
+            if not active.any():
+                break
+            noise = gumbel(xp, sampling.seed, first + step, rows, self.spec.vocab)
+            chosen = choose(xp, logits.astype(np.float32), noise, *(np.asarray(number) for number in numbers))
+            out[:, step] = np.where(active, chosen, -1)
+            fresh, cache = self.step(out[:, step : step + 1], cache, phase="decode")
+            logits = np.where(active[:, None], fresh[:, 0], logits)
+            active = active & ~np.isin(chosen, list(stop))
+        return out, logits, cache
+
+    def restore(self, source: Snapshot | str | os.PathLike) -> ReferenceCache:
+        held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
+        policy, each = read_policy(held.policy, self.spec)
+        cache = self.cache(policy, held.codec, len(held.seen), held.capacity, held.length)
+        cache.steps, cache.pending = held.steps, held.pending
+        for index, row in enumerate(cache.content):
+            row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
+            for number, layer in enumerate(held.layers):
+                row.heads[number] = [_head_of(layer, index, head) for head in range(layer.positions.shape[1])]
+                if layer.queries is not None:
+                    row.queries[number] = layer.queries[index].astype(np.float64)
+                    row.query_positions[number] = layer.query_positions[index]
+        return cache
+
+
+def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
+    filled = layer.positions[row, head] >= 0
+    return Head(
+        layer.positions[row, head][filled],
+        {key: value[row, head][filled].astype(np.float64) for key, value in layer.streams.items()},
+        {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
+    )
+
+
+def _join(rows: list[Decision]) -> Decision:
+    """The decisions of several rows as one batch."""
+
+    def pile(arrays: list[np.ndarray], empty: float) -> np.ndarray:
+        return _stack([list(array[0]) for array in arrays], empty)
+
+    return Decision(
+        rows[0].layer,
+        pile([row.positions for row in rows], -1),
+        pile([row.scores for row in rows], 0.0),
+        pile([row.protected for row in rows], 0),
+        pile([row.kept for row in rows], -1),
+    )
+
+
+def _spread(tokens: np.ndarray, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Values of the real tokens of each row, laid out [batch tokens ...] with 0 at padding."""
+    result = {}
+    for key in rows[0]:
+        result[key] = np.zeros((*tokens.shape, *rows[0][key].shape[1:]))
+        for index, row in enumerate(rows):
+            result[key][index, tokens[index] >= 0] = row[key]
+    return result
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+@dataclass(frozen=True)
+class Backend(Contract):
+    """The reference as a backend of its own: float64 only."""
+
+    name: str = "reference"
+    dtypes: tuple[str, ...] = field(default=("float64",))
+
+    def build(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        dtype: str = "float64",
+        tokenizer: Tokenizer | None = None,
+    ) -> ReferenceModel:
+        self.check_dtype(dtype)
+        check(spec, weights)
+        return ReferenceModel(
+            spec, {key: value.astype(np.float64) for key, value in weights.items()}, tokenizer or ByteTokenizer()
+        )
+
+    def load(self, name: str | os.PathLike, dtype: str = "float64") -> Model:
+        return super().load(name, dtype)
