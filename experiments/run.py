@@ -1,0 +1,35 @@
+"""The command line: `kvtwin COMMAND`, the same as `python -m experiments.run COMMAND`.
+
+Bad input ends with its message on standard error and exit code 2, without a traceback.
+"""
+
+import sys
+
+import typer
+
+from experiments import check, compare, demo, generate
+from framework.errors import KvtwinError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("demo")(demo.command)
+app.command("generate")(generate.command)
+app.command("compare")(compare.command)
+app.command("check")(check.command)
+
+
+@app.callback()
+def about() -> None:
+    """Key-value cache policies, written once and run in PyTorch and in compiled JAX."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except KvtwinError as error:
+        print(f"kvtwin: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
