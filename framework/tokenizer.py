@@ -36,7 +36,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decoder(self) -> Decoder:
-        """For streaming: the pieces of one decoder, `finish` included, join to what `decode` gives."""
+        """For streaming: the pieces of one decoder, `finish` included, join to what `decode` gives.
+
+        Only after bytes that are no UTF-8 may they differ: some tokenizers then replace valid neighbours as well, of
+        which a stream has already given the text.
+        """
 
     @abstractmethod
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

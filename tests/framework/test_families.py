@@ -93,6 +93,14 @@ def test_a_published_config_and_what_transformers_5_writes_of_it_agree(model_typ
         assert kind.spec(json.loads(json.dumps(new, default=str))) == kind.spec(old)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_silent_config_means_what_hugging_face_assumes(model_type: str) -> None:
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    silent = {"model_type": model_type, "num_attention_heads": 32} | dict.fromkeys(keys, 64)
+    spoken = AutoConfig.for_model(**silent).to_dict()
+    assert family(silent).spec(silent) == family(silent).spec(spoken)
+
+
 def test_llama31() -> None:
     config = json.loads(LLAMA31)
     spec = family(config).spec(config)
@@ -198,6 +206,8 @@ def test_generation_config_has_the_last_word_on_stop(tmp_path: Path) -> None:
     ("model_type", "keys", "reason"),
     [
         ("llama", {"logit_scale": 2.0}, "not implemented: logit_scale=2.0"),
+        ("llama", {"logit_shift": 0}, "logit_shift=0"),
+        ("llama", {"mixer": ""}, "mixer=''"),
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("llama", {"sliding_window": 8}, "sliding_window=8"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: quantized weights"),

@@ -40,6 +40,8 @@ SCALINGS: list[dict[str, Any]] = [
     },
     {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.8},
     {"rope_type": "yarn", "factor": 1.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},  # a ramp of no width
+    {"rope_type": "yarn", "factor": 4.0, "beta_slow": 1e-11},  # a ramp beyond the last channel
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     {
         "rope_type": "llama3",

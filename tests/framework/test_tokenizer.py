@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from framework.errors import KvtwinError
 from framework.tokenizer import ByteTokenizer, ForeignTokenizer, Tokenizer, tokenizer
@@ -15,6 +15,9 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
     return folder
 
 
-@pytest.fixture(params=["bytes", "foreign"])
-def each(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Tokenizer:
-    return tokenizer(folder if request.param == "foreign" else tmp_path)
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer in the manner of Llama 2: a space goes before the text, and decoding strips it."""
+    pieces = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"helowrd",
+        "\u2581w",
+    ]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    fast = Fast(models.BPE(vocabulary, [("\u2581", "w")], unk_token="<unk>", byte_fallback=True))
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    folder = tmp_path_factory.mktemp("spaced")
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+@pytest.fixture(params=["bytes", "byte-level", "spaced"])
+def each(request: pytest.FixtureRequest, folder: Path, spaced: Path, tmp_path: Path) -> Tokenizer:
+    return tokenizer({"bytes": tmp_path, "byte-level": folder, "spaced": spaced}[request.param])
 
 
 def test_files_decide(folder: Path, tmp_path: Path) -> None:
@@ -83,10 +111,10 @@ def test_no_piece_cuts_a_character(each: Tokenizer) -> None:
 
 
 def test_a_character_cut_at_the_end_is_replaced_at_the_end(each: Tokenizer) -> None:
-    tokens = each.encode("a世")[:-1]
+    tokens = each.encode("h世")[:-1]
     decoder = each.decoder()
     pieces = [decoder.push(token) for token in tokens]
-    assert "".join(pieces) == "a"
+    assert "".join(pieces) == "h"
     assert "".join(pieces) + decoder.finish() == each.decode(tokens)
     assert each.decode(tokens).endswith("\ufffd")
 

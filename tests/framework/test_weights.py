@@ -230,6 +230,7 @@ def test_an_index_without_a_map(sharded: Path, untied: tuple[ModelSpec, Weights]
 
 
 def test_an_index_that_leaves_the_folder(sharded: Path, untied: tuple[ModelSpec, Weights]) -> None:
+    (sharded / "a.safetensors").rename(sharded.parent / "a.safetensors")
     (sharded / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}')
     with pytest.raises(KvtwinError, match="which is not in"):
         _read(sharded, untied[0])
@@ -255,6 +256,12 @@ def test_an_empty_folder_is_filled(tmp_path: Path, untied: tuple[ModelSpec, Weig
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", *untied)
     _assert_equal(_read(tmp_path / "empty", untied[0]), untied[1])
+
+
+def test_a_written_folder_is_as_open_as_any(tmp_path: Path, untied: tuple[ModelSpec, Weights]) -> None:
+    write(tmp_path / "model", *untied)
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_nothing_half_written_is_left(
