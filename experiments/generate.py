@@ -19,7 +19,9 @@ def command(
     from backends import backends
 
     loaded = backends.get(backend).load(model, dtype="float64" if backend == "reference" else dtype)
-    out = loaded.generate(prompt, policy=policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    out = loaded.generate(
+        prompt, policy=policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
     typer.echo(prompt + out.text[0])
     kept = ", ".join(str(layer.shape[-1]) for layer in out.kept)
     typer.echo(

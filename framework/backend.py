@@ -65,10 +65,20 @@ class Cache(ABC):
     spec: ModelSpec
     policy: Policy
     codec: Codec
-    batch: int
     capacity: int | None
     length: int | None
     consumed: bool = False
+
+    def __repr__(self) -> str:
+        seen = "consumed" if self.consumed else f"seen {self.seen.tolist()}"
+        return (
+            f"<{type(self).__name__} {policies.spelling(self.policy)}, {codecs.spelling(self.codec)}, {seen}>"
+        )
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Number of rows."""
 
     def consume(self) -> None:
         """Mark this cache as used up; raises when it already was."""
@@ -118,6 +128,7 @@ class Cache(ABC):
 
     def expect(self, tokens: int) -> None:
         """Announce how many tokens will follow the next call, so that fixed-size buffers are allocated once."""
+        del tokens  # nothing to do for a cache that grows
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to one safetensors file; `Model.restore(path)` of any backend reads it."""
@@ -128,7 +139,9 @@ class Cache(ABC):
         self.alive()
         wrong = [row for row in index if not -self.batch <= row < self.batch]
         if wrong or not len(index):
-            raise KvtwinError(f"rows {list(index)} of a cache with batch {self.batch}; expected indices below {self.batch}")
+            raise KvtwinError(
+                f"rows {list(index)} of a cache with batch {self.batch}; expected indices below {self.batch}"
+            )
 
     def check_roll_back(self, count: int, seen: np.ndarray, dropped: np.ndarray) -> None:
         """Raises unless the last `count` tokens can be taken back without a trace."""
@@ -184,11 +197,12 @@ class Model(ABC):
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
-    ) -> tuple[Float[np.ndarray, "batch tokens vocab"] | None, Cache]:
+    ) -> tuple[Any, Cache]:
         """Append the tokens, attend, then evict; returns the logits and the cache that replaces the given one.
 
         `tokens`: ids; -1 is padding, anywhere in a row, and a row of padding does not advance. `cache` None: a new
-        full one. `logits`: "last" of each row's last real token [batch, 1, vocab], "all", or None; at padding 0.
+        full one. `logits`: "last" of each row's last real token [batch, 1, vocab], "all" [batch, tokens, vocab] with 0
+        at padding, or None for None; float32, or float64 from a float64 model.
         `phase`: "prefill" evicts at the end of the call, "decode" every `policy.interval` steps; by default the first
         call on a cache is prefill and later ones decode. `evict=False` holds everything back until the next call that
         evicts (chunked prefill). `forced`: kept positions per layer, which replace the policy's choice where this
@@ -254,7 +268,9 @@ class Backend(ABC):
     def check_dtype(self, dtype: str) -> None:
         """Raises unless this backend computes in `dtype`."""
         if dtype not in self.dtypes:
-            raise KvtwinError(f"backend {self.name} does not compute in {dtype!r}; expected one of {', '.join(self.dtypes)}")
+            raise KvtwinError(
+                f"backend {self.name} does not compute in {dtype!r}; expected one of {', '.join(self.dtypes)}"
+            )
 
 
 def read_policy(policy: str | Policy, spec: ModelSpec) -> tuple[Policy, tuple[int | None, ...]]:
@@ -262,7 +278,9 @@ def read_policy(policy: str | Policy, spec: ModelSpec) -> tuple[Policy, tuple[in
     made = policies.make(policy) if isinstance(policy, str) else policy
     each = budgets(made, spec)
     if made.repositions and made.needs.queries:
-        raise KvtwinError(f"policy {policies.spelling(made)} repositions and reads queries; expected one of the two")
+        raise KvtwinError(
+            f"policy {policies.spelling(made)} repositions and reads queries; expected one of the two"
+        )
     return made, each
 
 
@@ -281,7 +299,9 @@ def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarr
         filled = [np.concatenate([row, np.full(wide - len(row), -1)]) for row in rows]
         tokens = np.stack(filled) if wide else np.zeros((len(rows), 0), np.int32)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise KvtwinError(f"tokens have shape {tokens.shape}; expected [batch, tokens] with at least one token")
+        raise KvtwinError(
+            f"tokens have shape {tokens.shape}; expected [batch, tokens] with at least one token"
+        )
     if tokens.dtype.kind not in "iu" and not (tokens == tokens.astype(np.int64)).all():
         raise KvtwinError(f"tokens have dtype {tokens.dtype}; expected integers")
     if batch is not None and tokens.shape[0] != batch:
@@ -290,6 +310,7 @@ def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarr
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise KvtwinError(
-            f"token {tokens[row, column]} at row {row}, column {column}; expected 0 to {spec.vocab - 1}, or -1 for padding"
+            f"token {tokens[row, column]} at row {row}, column {column}; "
+            f"expected 0 to {spec.vocab - 1}, or -1 for padding"
         )
     return tokens.astype(np.int32)

@@ -55,11 +55,13 @@ class View:
     budget: Int[Array, "batch kv_heads"]
     seen: Int[Array, "batch"]
     memory: Mapping[str, Float[Array, "batch kv_heads slots"]]
-    keys: Float[Array, "batch kv_heads slots head_dim"] | None = None
-    values: Float[Array, "batch kv_heads slots head_dim"] | None = None
-    queries: Float[Array, "batch kv_heads group window head_dim"] | None = None
-    query_positions: Int[Array, "batch window"] | None = None
-    sums: Float[Array, "batch kv_heads slots"] | None = None
+    keys: Array = (
+        None  # [batch kv_heads slots head_dim]; this and what follows is None unless `needs` asks for it
+    )
+    values: Array = None  # [batch kv_heads slots head_dim]
+    queries: Array = None  # [batch kv_heads group window head_dim]
+    query_positions: Array = None  # [batch window]
+    sums: Array = None  # [batch kv_heads slots]
     scale: float = 1.0
     softcap: float | None = None
     window: int | None = None
@@ -92,7 +94,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """Base of every policy: fields are hashable, so that an equal policy is the same static argument of a compiled step.
+    """Base of every policy. Fields are hashable: an equal policy is the same static argument of a compiled step.
 
     `budget`: tokens kept per kv head, one number or one per layer. `interval`: decode steps between two evictions; the
     cache then holds up to `interval - 1` tokens more than the budget.
@@ -112,7 +114,7 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, view: View) -> Shaped[Array, "batch kv_heads slots"]:
-        """A number per slot; higher stays. Equal scores keep the newer token. Empty slots may have any number but NaN."""
+        """A number per slot; higher stays. Equal scores keep the newer token. What empty slots get does not matter."""
 
     @property
     def needs(self) -> Needs:
@@ -148,9 +150,7 @@ class Policy(ABC):
 policies = Registry(kind="policy", package="framework.policies", base=Policy)
 
 
-def attends(
-    query: Int[Array, "*query"], key: Int[Array, "*key"], window: int | None
-) -> Bool[Array, "*both"]:
+def attends(query: Int[Array, "*query"], key: Int[Array, "*key"], window: int | None) -> Bool[Array, "*both"]:
     """True where the query at one position may attend to the key at another. -1, an empty place, never takes part."""
     seen = (key >= 0) & (key <= query)
     return seen if window is None else seen & (key > query - window)
@@ -208,7 +208,7 @@ def weakest(
     protected: Bool[Array, "batch kv_heads slots"] | None,
     living: Bool[Array, "batch kv_heads slots"],
 ) -> Int[Array, "batch kv_heads"]:
-    """The one slot that `survivors` drops first, in any slot order: filled but dead, else lowest score, oldest of equals."""
+    """The slot that `survivors` drops first, in any order: filled but dead, else lowest score, oldest of equals."""
     filled = positions >= 0
     rank = _rank(xp, scores, protected, living)
     rank = xp.where(filled, rank, xp.inf)
@@ -221,7 +221,11 @@ def noted(policy: Policy, view: View) -> View:
     if not policy.memory:
         return view
     memory = _call(policy, view, policy.note)
-    wrong = {key: getattr(value, "shape", None) for key, value in memory.items() if value.shape != view.positions.shape}
+    wrong = {
+        key: getattr(value, "shape", None)
+        for key, value in memory.items()
+        if value.shape != view.positions.shape
+    }
     if set(memory) != set(policy.memory) or wrong:
         raise KvtwinError(
             f"policy {name(policy)}: note returned the memory {sorted(memory)} with wrong shapes {wrong}; "
@@ -280,7 +284,9 @@ def budgets(policy: Policy, spec: ModelSpec) -> tuple[int | None, ...]:
             raise KvtwinError(f"policy {name(policy)} keeps every token; expected no budget")
         return (None,) * len(spec.layers)
     if policy.budget is None:
-        raise KvtwinError(f"policy {name(policy)} has no budget; expected the tokens to keep, as in budget=64")
+        raise KvtwinError(
+            f"policy {name(policy)} has no budget; expected the tokens to keep, as in budget=64"
+        )
     if isinstance(policy.interval, bool) or not isinstance(policy.interval, int) or policy.interval < 1:
         raise KvtwinError(f"policy {name(policy)}: interval is {policy.interval!r}; expected an integer >= 1")
     each = policy.budget if isinstance(policy.budget, tuple) else (policy.budget,) * len(spec.layers)
@@ -290,7 +296,9 @@ def budgets(policy: Policy, spec: ModelSpec) -> tuple[int | None, ...]:
         )
     for layer, budget in enumerate(each):
         if isinstance(budget, bool) or not isinstance(budget, int):
-            raise KvtwinError(f"policy {name(policy)}: budget {budget!r} in layer {layer}; expected an integer")
+            raise KvtwinError(
+                f"policy {name(policy)}: budget {budget!r} in layer {layer}; expected an integer"
+            )
         least = max(1, policy.protects(budget))
         if budget < least:
             raise KvtwinError(
@@ -308,4 +316,9 @@ def limit(budget: int | None, window: int | None) -> int | None:
 
 def overwrites(policy: Policy, budget: int | None, window: int | None) -> bool:
     """True where decode puts each new token into the slot of the weakest, instead of appending and compacting."""
-    return policy.order_free and not policy.repositions and policy.interval == 1 and (budget is not None or window is not None)
+    return (
+        policy.order_free
+        and not policy.repositions
+        and policy.interval == 1
+        and (budget is not None or window is not None)
+    )

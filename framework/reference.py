@@ -46,7 +46,7 @@ class Row:
     dropped: int = 0
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class ReferenceCache(Cache):
     """A list of rows."""
 
@@ -91,9 +91,15 @@ class ReferenceCache(Cache):
             asked = self.policy.needs.queries > 0
             layers.append(
                 canonical(
-                    {key: _stack([[head.streams[key] for head in row] for row in grid]) for key in first.streams},
+                    {
+                        key: _stack([[head.streams[key] for head in row] for row in grid])
+                        for key in first.streams
+                    },
                     _stack([[head.positions for head in row] for row in grid], -1),
-                    {key: _stack([[head.memory[key] for head in row] for row in grid]) for key in first.memory},
+                    {
+                        key: _stack([[head.memory[key] for head in row] for row in grid])
+                        for key in first.memory
+                    },
                     np.stack([row.queries[index] for row in self.content]) if asked else None,
                     np.stack([row.query_positions[index] for row in self.content]) if asked else None,
                 )
@@ -217,12 +223,18 @@ class ReferenceModel(Model):
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
-    ) -> tuple[np.ndarray | None, ReferenceCache]:
+    ) -> tuple[Any, ReferenceCache]:
         tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
         cache = cache or self.cache(batch=len(tokens))
         given = (tokens >= 0).sum(1)
-        if cache.capacity is not None and None in cache.budgets and (cache.seen + given).max() > cache.capacity:
-            raise KvtwinError(f"{int((cache.seen + given).max())} tokens exceed the capacity {cache.capacity} of the cache")
+        if (
+            cache.capacity is not None
+            and None in cache.budgets
+            and (cache.seen + given).max() > cache.capacity
+        ):
+            raise KvtwinError(
+                f"{int((cache.seen + given).max())} tokens exceed the capacity {cache.capacity} of the cache"
+            )
         phase = phase or ("decode" if cache.seen.any() else "prefill")
         result = cache.fork()
         cache.consume()
@@ -296,7 +308,16 @@ class ReferenceModel(Model):
         return views
 
     def _attention(
-        self, cache: ReferenceCache, row: Row, index: int, positions: Any, q: Any, k: Any, v: Any, phase: Any, taps: Any
+        self,
+        cache: ReferenceCache,
+        row: Row,
+        index: int,
+        positions: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        phase: Any,
+        taps: Any,
     ) -> tuple[np.ndarray, View]:
         layer, policy, at = self.spec.layers[index], cache.policy, f"layers.{index}.attention"
 
@@ -343,13 +364,17 @@ class ReferenceModel(Model):
             sums.append(received)
         asked = policy.needs.queries
         if asked:
-            fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(1, 2, 0, 3)
+            fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
+                1, 2, 0, 3
+            )
             row.queries[index] = np.concatenate([row.queries[index], fresh], 2)[:, :, -asked:]
             row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-asked:]
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
         return mixed, self._note(cache, row, index, sums, phase, len(positions) > 0)
 
-    def _note(self, cache: ReferenceCache, row: Row, index: int, sums: list, phase: Any, active: bool) -> View:
+    def _note(
+        self, cache: ReferenceCache, row: Row, index: int, sums: list, phase: Any, active: bool
+    ) -> View:
         """What the policy sees of this layer, its memory updated."""
         layer, policy, heads = self.spec.layers[index], cache.policy, row.heads[index]
         budget = UNLIMITED if cache.budgets[index] is None else cache.budgets[index]
@@ -374,14 +399,21 @@ class ReferenceModel(Model):
         if active:
             view = noted(policy, view)
             for head, number in zip(heads, range(len(heads)), strict=True):
-                head.memory = {key: value[0, number, : len(head.positions)] for key, value in view.memory.items()}
+                head.memory = {
+                    key: value[0, number, : len(head.positions)] for key, value in view.memory.items()
+                }
         return view
 
     def _evict(
-        self, cache: ReferenceCache, row: Row, views: list[View], forced: list[np.ndarray] | None, active: bool
+        self,
+        cache: ReferenceCache,
+        row: Row,
+        views: list[View],
+        forced: list[np.ndarray] | None,
+        active: bool,
     ) -> list[Decision]:
         """Drop what does not survive in each bounded layer of one row; nothing in a row that is not active."""
-        taken = []
+        taken: list[Decision] = []
         for index, view in enumerate(views):
             budget, layer = cache.budgets[index], self.spec.layers[index]
             if budget is None and layer.window is None:
@@ -389,13 +421,15 @@ class ReferenceModel(Model):
             scores, protected = judge(cache.policy, view)
             filled = view.positions >= 0
             if np.isnan(scores[filled]).any():
-                raise KvtwinError(f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers")
+                raise KvtwinError(
+                    f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers"
+                )
             protected = np.zeros_like(filled) if protected is None else protected & filled
             living = alive(view.positions, view.seen, layer.window)
             kept = []
             for number, head in enumerate(row.heads[index]):
                 slots = [slot for slot in range(len(head.positions)) if living[0, number, slot]]
-                slots.sort(key=lambda s: (protected[0, number, s], scores[0, number, s], s), reverse=True)  # noqa: B023
+                slots.sort(key=lambda s: (protected[0, number, s], scores[0, number, s], s), reverse=True)
                 slots = sorted(slots[: len(slots) if budget is None else budget])
                 if not active:
                     slots = list(range(len(head.positions)))
@@ -411,12 +445,24 @@ class ReferenceModel(Model):
         return taken
 
     def decode(
-        self, cache: Any, logits: Any, sampling: Sampling, stop: Sequence[int], steps: int, first: int = 0, active: Any = None
+        self,
+        cache: Any,
+        logits: Any,
+        sampling: Sampling,
+        stop: Sequence[int],
+        steps: int,
+        first: int = 0,
+        active: Any = None,
     ) -> tuple[np.ndarray, np.ndarray, ReferenceCache]:
         batch = cache.batch
         active = np.ones(batch, bool) if active is None else np.array(active)
         rows, out = np.arange(batch), np.full((batch, steps), -1, np.int32)
-        numbers = [np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p), np.float32(sampling.min_p)]
+        numbers = [
+            np.float32(sampling.temperature),
+            np.int32(sampling.top_k),
+            np.float32(sampling.top_p),
+            np.float32(sampling.min_p),
+        ]
         for step in range(steps):
             if not active.any():
                 break
@@ -437,7 +483,7 @@ class ReferenceModel(Model):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
             for number, layer in enumerate(held.layers):
                 row.heads[number] = [_head_of(layer, index, head) for head in range(layer.positions.shape[1])]
-                if layer.queries is not None:
+                if layer.queries is not None and layer.query_positions is not None:
                     row.queries[number] = layer.queries[index].astype(np.float64)
                     row.query_positions[number] = layer.query_positions[index]
         return cache
@@ -505,7 +551,9 @@ class Backend(Contract):
         self.check_dtype(dtype)
         check(spec, weights)
         return ReferenceModel(
-            spec, {key: value.astype(np.float64) for key, value in weights.items()}, tokenizer or ByteTokenizer()
+            spec,
+            {key: value.astype(np.float64) for key, value in weights.items()},
+            tokenizer or ByteTokenizer(),
         )
 
     def load(self, name: str | os.PathLike, dtype: str = "float64") -> Model:

@@ -65,11 +65,12 @@ class Snapshot:
             arrays |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
             arrays |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
             arrays[f"{index}.positions"] = layer.positions
-            if layer.queries is not None:
+            if layer.queries is not None and layer.query_positions is not None:
                 arrays[f"{index}.queries"] = layer.queries
                 arrays[f"{index}.query_positions"] = layer.query_positions
         facts = {
-            key: getattr(self, key) for key in ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
+            key: getattr(self, key)
+            for key in ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
         }
         facts |= {"format": FORMAT, "spec": asdict(self.spec)}
         target = Path(path)
@@ -101,7 +102,9 @@ class Snapshot:
         came, expected = facts.pop("spec"), json.loads(json.dumps(asdict(spec)))
         if came != expected:
             differing = sorted(key for key in expected if came.get(key) != expected[key])
-            raise KvtwinError(f"{path} is a cache of another model: {', '.join(differing)} differ from this model's spec")
+            raise KvtwinError(
+                f"{path} is a cache of another model: {', '.join(differing)} differ from this model's spec"
+            )
         try:
             layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
             return cls(spec=spec, layers=layers, seen=arrays["seen"], dropped=arrays["dropped"], **facts)

@@ -1,4 +1,4 @@
-"""ModelSpec: the frozen numbers of a decoder, as every backend reads them. A foreign `config.json` is only its source."""
+"""ModelSpec: the frozen numbers of a decoder, as every backend reads them; `config.json` is only their source."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal

@@ -4,8 +4,8 @@ The score is the mean attention of the newest `window` queries, pooled along pos
 stay. Defaults are the paper's LongBench setting (window 32, kernel 7, maximum); the class in the reference code has
 window 64, kernel 5, mean: `snapkv(window=64, kernel=5, pooling="mean")`.
 
-Deviations: with grouped queries the mean over the query heads of a kv head decides (the reference code repeats the cache
-for each query head). At decode, which the paper leaves alone, the same rule runs on the newest `window` queries,
+Deviations: with grouped queries the mean over the query heads of a kv head decides (the reference code repeats the
+cache for each query head). At decode, which the paper leaves alone, the same rule runs on the newest `window` queries,
 whichever call they came in.
 """
 

@@ -1,0 +1,72 @@
+"""Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from backends.flax.convert import wide
+from framework.arrays import softmax
+from framework.policy import attends
+from framework.shapes import EMPTY
+from framework.spec import Layer
+
+BLOCK = 256  # queries at a time, so that no tokens x tokens array is ever made
+
+
+def attention(
+    queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
+    keys: Float[jax.Array, "batch kv_heads slots head_dim"],
+    values: Float[jax.Array, "batch kv_heads slots width"],
+    query_positions: Int[jax.Array, "batch tokens"],
+    key_positions: Int[jax.Array, "batch kv_heads slots"],
+    layer: Layer,
+    with_sums: bool,
+) -> tuple[
+    Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
+]:
+    """The mixed values of each query and, if asked, what each slot received (mean over the group, sum over queries).
+
+    A query at position -1 gives 0. Products add up in at least float32.
+    """
+    tokens = queries.shape[3]
+    if tokens <= BLOCK:
+        return _block(queries, keys, values, query_positions, key_positions, layer, with_sums)
+    blocks = -(-tokens // BLOCK)
+    short = blocks * BLOCK - tokens
+    queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, short), (0, 0)))
+    query_positions = jnp.pad(query_positions, ((0, 0), (0, short)), constant_values=EMPTY)
+    cut_queries = jnp.moveaxis(queries.reshape(*queries.shape[:3], blocks, BLOCK, -1), 3, 0)
+    cut_positions = jnp.moveaxis(query_positions.reshape(-1, blocks, BLOCK), 1, 0)
+
+    def one(total: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        mixed, sums = _block(block[0], keys, values, block[1], key_positions, layer, with_sums)
+        return (total + sums if with_sums else None), mixed
+
+    nothing = jnp.zeros(key_positions.shape, wide(keys.dtype)) if with_sums else None
+    sums, mixed = jax.lax.scan(one, nothing, (cut_queries, cut_positions))
+    mixed = jnp.moveaxis(mixed, 0, 3).reshape(*queries.shape[:3], blocks * BLOCK, -1)
+    return mixed[:, :, :, :tokens], sums
+
+
+def _block(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    layer: Layer,
+    with_sums: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    total = wide(keys.dtype)
+    logits = jnp.einsum("bhgtd,bhsd->bhgts", queries, keys, preferred_element_type=total) * layer.scale
+    if layer.softcap is not None:
+        logits = jnp.tanh(logits / layer.softcap) * layer.softcap
+    mask = attends(query_positions[:, None, :, None], key_positions[:, :, None, :], layer.window)
+    weights = softmax(jnp, logits, mask[:, :, None])
+    mixed = jnp.einsum(
+        "bhgts,bhsd->bhgtd", weights.astype(values.dtype), values, preferred_element_type=total
+    )
+    sums = weights.sum((2, 3)) / layer.group if with_sums else None
+    return mixed.astype(values.dtype), sums

@@ -1,0 +1,424 @@
+"""The fixed-size cache: per-layer buffers whose shapes never change inside a compiled loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from backends.flax.convert import precision, to_jax, to_numpy, wide, widened
+from framework.arrays import by_position, keep, take_slots
+from framework.backend import Bytes, Cache
+from framework.codec import Codec, codecs
+from framework.errors import KvtwinError
+from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
+from framework.shapes import EMPTY, bucket
+from framework.snapshot import Snapshot, canonical
+from framework.spec import Layer, ModelSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerState:
+    """Buffers of one layer. `fill` is the slot that the next token goes to where tokens are appended."""
+
+    streams: dict[str, Float[jax.Array, "batch kv_heads slots width"]]
+    positions: Int[jax.Array, "batch kv_heads slots"]
+    memory: dict[str, Float[jax.Array, "batch kv_heads slots"]]
+    queries: Float[jax.Array, "batch kv_heads group window head_dim"] | None
+    query_positions: Int[jax.Array, "batch window"] | None
+    fill: Int[jax.Array, ""]
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What the compiled functions take and give back. `bad`: some score was NaN."""
+
+    layers: list[LayerState]
+    seen: Int[jax.Array, "batch"]
+    dropped: Int[jax.Array, "batch"]
+    bad: Bool[jax.Array, ""]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compiled step is specialised to beside shapes: spec, policy without its budget, which layers evict."""
+
+    spec: ModelSpec
+    policy: Policy
+    bounded: tuple[bool, ...]
+
+    def overwrites(self, index: int) -> bool:
+        """True where decode puts a token into an emptied slot of this layer."""
+        return self.bounded[index] and overwrites(self.policy, 1, None)
+
+
+def append(
+    layer: LayerState, new: dict[str, jax.Array], positions: Int[jax.Array, "batch tokens"], policy: Policy
+) -> LayerState:
+    """The layer with the tokens behind its slots; the buffers grow, so this is for prefill."""
+    heads = layer.positions.shape[1]
+    spread = jnp.broadcast_to(positions[:, None], (positions.shape[0], heads, positions.shape[1]))
+    fresh = {key: jnp.full(spread.shape, policy.memory[key], old.dtype) for key, old in layer.memory.items()}
+    return replace(
+        layer,
+        streams={key: jnp.concatenate([layer.streams[key], value], axis=2) for key, value in new.items()},
+        positions=jnp.concatenate([layer.positions, spread], axis=2),
+        memory={key: jnp.concatenate([old, fresh[key]], axis=2) for key, old in layer.memory.items()},
+    )
+
+
+def append_one(
+    layer: LayerState, new: dict[str, jax.Array], position: Int[jax.Array, "batch 1"], policy: Policy
+) -> LayerState:
+    """The layer with one token per row at slot `fill`."""
+    spread = jnp.broadcast_to(position[:, None], (position.shape[0], layer.positions.shape[1], 1))
+
+    def write(buffer: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, value.astype(buffer.dtype), layer.fill, axis=2)
+
+    return replace(
+        layer,
+        streams={key: write(layer.streams[key], value) for key, value in new.items()},
+        positions=write(layer.positions, spread),
+        memory={
+            key: write(old, jnp.full(spread.shape, policy.memory[key], old.dtype))
+            for key, old in layer.memory.items()
+        },
+        fill=layer.fill + 1,
+    )
+
+
+def overwrite(
+    layer: LayerState, new: dict[str, jax.Array], position: Int[jax.Array, "batch 1"], policy: Policy
+) -> LayerState:
+    """The layer with one token per row in an empty slot of each head."""
+    slot = jnp.argmin(layer.positions, axis=-1)
+    row = jnp.arange(slot.shape[0])[:, None]
+    head = jnp.arange(slot.shape[1])[None, :]
+    return replace(
+        layer,
+        streams={
+            key: layer.streams[key].at[row, head, slot].set(value[:, :, 0]) for key, value in new.items()
+        },
+        positions=layer.positions.at[row, head, slot].set(position),
+        memory={key: old.at[row, head, slot].set(policy.memory[key]) for key, old in layer.memory.items()},
+    )
+
+
+def observe(
+    layer: LayerState,
+    queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
+    positions: Int[jax.Array, "batch tokens"],
+) -> LayerState:
+    """The layer with the newest queries of each row; padding does not push older ones out."""
+    if layer.queries is None:
+        return layer
+    assert layer.query_positions is not None
+    asked = layer.query_positions.shape[1]
+    every = jnp.concatenate([layer.query_positions, positions], axis=1)
+    both = jnp.concatenate([layer.queries, queries], axis=3)
+    order = jnp.argsort(every, axis=1, stable=True)[:, -asked:]
+    return replace(
+        layer,
+        queries=jnp.take_along_axis(both, order[:, None, None, :, None], axis=3),
+        query_positions=jnp.take_along_axis(every, order, axis=1),
+    )
+
+
+def view_of(
+    layer: LayerState,
+    plan: Plan,
+    index: int,
+    sums: jax.Array | None,
+    seen: jax.Array,
+    budget: jax.Array,
+    phase: Any,
+) -> View:
+    """What the policy sees of a layer, in physical slot order."""
+    spec, needs = plan.spec.layers[index], plan.policy.needs
+    return View(
+        xp=jnp,
+        phase=phase,
+        layer=index,
+        layers=len(plan.spec.layers),
+        positions=layer.positions,
+        budget=jnp.broadcast_to(budget, layer.positions.shape[:2]),
+        seen=seen,
+        memory=layer.memory,
+        keys=widened(layer.streams["keys"]) if needs.keys or needs.queries else None,
+        values=widened(layer.streams["values"]) if needs.values else None,
+        queries=None if layer.queries is None else widened(layer.queries),
+        query_positions=layer.query_positions,
+        sums=sums,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        window=spec.window,
+    )
+
+
+def nan(scores: jax.Array, filled: jax.Array) -> Bool[jax.Array, ""]:
+    """True if the score of some token is NaN."""
+    return (
+        jnp.any(jnp.isnan(scores) & filled)
+        if jnp.issubdtype(scores.dtype, jnp.floating)
+        else jnp.asarray(False)
+    )
+
+
+def gathered(layer: LayerState, source: Int[jax.Array, "batch kv_heads slots"]) -> LayerState:
+    """The layer with the slots that `source` names, -1 giving an empty one."""
+    return replace(
+        layer,
+        streams={key: keep(jnp, value, source, 0) for key, value in layer.streams.items()},
+        positions=keep(jnp, layer.positions, source, EMPTY),
+        memory={key: keep(jnp, value, source, 0) for key, value in layer.memory.items()},
+        fill=jnp.max(jnp.sum(source >= 0, axis=-1)).astype(jnp.int32),
+    )
+
+
+def packed(layer: LayerState, slots: int) -> LayerState:
+    """The layer with all its tokens in position order in buffers of `slots` slots."""
+    order = by_position(jnp, layer.positions).astype(jnp.int32)
+    source = jnp.where(take_slots(jnp, layer.positions, order) >= 0, order, -1)
+    return gathered(layer, _sized(source, slots))
+
+
+def _sized(index: jax.Array, slots: int) -> jax.Array:
+    more = slots - index.shape[-1]
+    return (
+        index[..., :slots] if more <= 0 else jnp.pad(index, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+    )
+
+
+def compacted(
+    layer: LayerState,
+    view: View,
+    policy: Policy,
+    active: Bool[jax.Array, "batch"],
+    slots: int,
+    forced: jax.Array | None = None,
+) -> tuple[LayerState, Bool[jax.Array, "batch"], Bool[jax.Array, ""], tuple]:
+    """The survivors in position order in buffers of `slots` slots; which rows lost a token; NaN; and the decision.
+
+    A row that is not active keeps all its tokens.
+    """
+    order = by_position(jnp, layer.positions).astype(jnp.int32)
+    seen = ordered(view, order, lambda x, index: take_slots(jnp, x, index))
+    scores, protected = judge(policy, seen)
+    filled = seen.filled
+    living = alive(seen.positions, seen.seen, view.window)
+    index = survivors(jnp, scores, protected, living, seen.budget, slots)
+    marked = jnp.zeros_like(filled) if protected is None else protected & filled
+    decision = (seen.positions, jnp.where(filled, scores, 0), marked, keep(jnp, seen.positions, index, EMPTY))
+    if forced is not None:
+        index = _slots_where(filled & (seen.positions[..., None] == forced[..., None, :]).any(-1), slots)
+    index = jnp.where(active[:, None, None], index, _slots_where(filled, slots))
+    lost = (jnp.sum(index >= 0, axis=-1) < jnp.sum(filled, axis=-1)).any(axis=1)
+    source = jnp.where(index < 0, index, take_slots(jnp, order, index))
+    return gathered(layer, source), lost, nan(scores, filled), decision
+
+
+def _slots_where(
+    wanted: Bool[jax.Array, "batch kv_heads all"], slots: int
+) -> Int[jax.Array, "batch kv_heads slots"]:
+    """Index of the True entries, in order, -1 beyond their count."""
+    total = wanted.shape[-1]
+    here = jnp.sort(jnp.where(wanted, jnp.arange(total, dtype=jnp.int32), total), axis=-1)
+    return _sized(jnp.where(here == total, -1, here), slots)
+
+
+def without_weakest(
+    layer: LayerState, view: View, policy: Policy, active: Bool[jax.Array, "batch"]
+) -> tuple[LayerState, Bool[jax.Array, "batch"], Bool[jax.Array, ""]]:
+    """The layer with the weakest slot emptied in each head that holds too many; which rows lost a token; NaN."""
+    scores, protected = judge(policy, view)
+    filled = view.filled
+    living = alive(layer.positions, view.seen, view.window)
+    slot = weakest(jnp, scores, layer.positions, protected, living)
+    over = (jnp.sum(filled, axis=-1) > view.budget) | jnp.any(filled & ~living, axis=-1)
+    over = over & active[:, None]
+    here = jnp.arange(layer.slots)[None, None] == slot[..., None]
+    positions = jnp.where(here & over[..., None], EMPTY, layer.positions)
+    return replace(layer, positions=positions), over.any(axis=1), nan(scores, filled)
+
+
+@dataclass(repr=False, eq=False)
+class FlaxCache(Cache):
+    """Buffers of one batch, with what each row has seen.
+
+    `used` bounds the tokens that a head of an unbounded layer holds; `room` is what `expect` announced.
+    """
+
+    spec: ModelSpec
+    policy: Policy
+    codec: Codec
+    dtype: str
+    budgets: tuple[int | None, ...]
+    state: State
+    row_seen: np.ndarray
+    capacity: int | None = None
+    length: int | None = None
+    steps: int = 0
+    pending: bool = False
+    used: int = 0
+    room: int = 0
+    consumed: bool = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.row_seen)
+
+    @property
+    def seen(self) -> np.ndarray:
+        self.alive()
+        return self.row_seen.copy()
+
+    @property
+    def plan(self) -> Plan:
+        """The static part."""
+        bounded = tuple(self.limit(index) is not None for index in range(len(self.spec.layers)))
+        return Plan(self.spec, replace(self.policy, budget=None), bounded)
+
+    def consume(self) -> None:
+        """Mark this cache as used up and let go of its buffers."""
+        super().consume()
+        del self.state
+
+    def expect(self, tokens: int) -> None:
+        """Tokens that will follow the next call: buffers that grow are sized for them at once, in steps of 512."""
+        self.room = -(-tokens // 512) * 512
+
+    def limit(self, index: int) -> int | None:
+        """Most tokens per head of a layer after an eviction."""
+        return limit(self.budgets[index], self.spec.layers[index].window)
+
+    def slots(self, index: int, tokens: int = 0) -> int:
+        """Slots of a layer for steady decode or, where nothing is evicted, for `tokens` tokens and the announced ones.
+
+        Budgets of one bucket have the same slots, and so the same compiled step.
+        """
+        bound = self.limit(index)
+        if bound is not None:
+            return bucket(bound) + (1 if self.plan.overwrites(index) else 2 * self.policy.interval)
+        return self.capacity if self.capacity is not None else bucket(tokens + self.room)
+
+    @property
+    def bytes(self) -> Bytes:
+        self.alive()
+        totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
+        for layer in self.state.layers:
+            filled = int((to_numpy(layer.positions) >= 0).sum())
+            groups = {
+                "payload": layer.streams.values(),
+                "positions": [layer.positions],
+                "memory": layer.memory.values(),
+            }
+            for key, arrays in groups.items():
+                each = sum(x.nbytes for x in arrays) // max(layer.positions.size, 1)
+                totals[key] += filled * each
+                totals["padding"] += (layer.positions.size - filled) * each
+            totals["queries"] += sum(
+                x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
+            )
+        return Bytes(scales=0, **totals)
+
+    def snapshot(self) -> Snapshot:
+        self.alive()
+        layers = tuple(
+            canonical(
+                {key: to_numpy(value) for key, value in layer.streams.items()},
+                to_numpy(layer.positions),
+                {key: to_numpy(value) for key, value in layer.memory.items()},
+                None if layer.queries is None else to_numpy(layer.queries),
+                None if layer.query_positions is None else to_numpy(layer.query_positions),
+            )
+            for layer in self.state.layers
+        )
+        return Snapshot(
+            spec=self.spec,
+            policy=name(self.policy),
+            codec=codecs.spelling(self.codec),
+            dtype=self.dtype,
+            layers=layers,
+            seen=self.row_seen.copy(),
+            dropped=to_numpy(self.state.dropped),
+            steps=self.steps,
+            pending=self.pending,
+            capacity=self.capacity,
+            length=self.length,
+        )
+
+    def fork(self, rows: int = 1) -> "FlaxCache":
+        self.alive()
+        if rows != 1 and self.batch != 1:
+            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        return self._gather(list(range(self.batch)) * rows)
+
+    def rows(self, index: Sequence[int]) -> "FlaxCache":
+        self.check_rows(index)
+        return self._gather([row % self.batch for row in index])
+
+    def _gather(self, index: list[int]) -> "FlaxCache":
+        pick = np.array(index, np.int32)
+        with precision(self.dtype):
+            state = jax.tree.map(
+                lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), self.state
+            )
+        return replace(self, state=state, row_seen=self.row_seen[pick])
+
+    def roll_back(self, count: int) -> "FlaxCache":
+        self.alive()
+        self.check_roll_back(count, self.row_seen, to_numpy(self.state.dropped))
+        result = self.fork()
+        self.consume()
+        result.row_seen = self.row_seen - count
+        result.steps = max(0, self.steps - count)
+        result.used = int(result.row_seen.max())
+        with precision(self.dtype):
+            seen = to_jax(result.row_seen)
+            layers = [_without(layer, seen) for layer in result.state.layers]
+        result.state = replace(result.state, layers=layers, seen=seen)
+        return result
+
+
+def _without(layer: LayerState, seen: jax.Array) -> LayerState:
+    """The layer without tokens at positions from `seen` on."""
+    gone = layer.positions >= seen[:, None, None]
+    positions = jnp.where(gone, EMPTY, layer.positions)
+    last = (
+        jnp.max(jnp.where(positions >= 0, jnp.arange(1, layer.slots + 1), 0))
+        if layer.slots
+        else jnp.asarray(0)
+    )
+    return replace(
+        layer,
+        streams={key: jnp.where(gone[..., None], 0, value) for key, value in layer.streams.items()},
+        positions=positions,
+        fill=last.astype(jnp.int32),
+    )
+
+
+def empty_layer(layer: Layer, policy: Policy, batch: int, slots: int, dtype: Any) -> LayerState:
+    """Zeroed buffers on the host: zero, never uninitialised, since 0 x NaN leaks through a mask."""
+    asked = policy.needs.queries
+    grouped = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
+    return LayerState(
+        streams={
+            key: to_jax(np.zeros((batch, one.heads, slots, one.width)), dtype)
+            for key, one in layer.streams.items()
+        },
+        positions=to_jax(np.full((batch, layer.kv_heads, slots), EMPTY), np.int32),
+        memory={key: to_jax(np.zeros((batch, layer.kv_heads, slots)), wide(dtype)) for key in policy.memory},
+        queries=to_jax(np.zeros(grouped), dtype) if asked else None,
+        query_positions=to_jax(np.full((batch, asked), EMPTY), np.int32) if asked else None,
+        fill=to_jax(np.array(0), np.int32),
+    )

@@ -1,0 +1,387 @@
+"""The compiled functions: a call of many tokens, one step, and the decode loop with its stop test on the device.
+
+They stand at module level, take parameters and buffers as arguments, and are static only in what changes the program:
+the modules' structure, the plan, and slot counts. Budgets, sampling settings, stop tokens and the number of steps are
+traced. Decode donates the buffers; `advance` changes their shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from backends.flax.attention import attention
+from backends.flax.cache import (
+    FlaxCache,
+    LayerState,
+    Plan,
+    State,
+    append,
+    append_one,
+    compacted,
+    observe,
+    overwrite,
+    packed,
+    view_of,
+    without_weakest,
+)
+from backends.flax.convert import precision, to_numpy, widened
+from backends.flax.rope import rotate
+from framework.decode import Sampling, choose
+from framework.errors import KvtwinError
+from framework.policy import View, noted
+from framework.random import gumbel
+from framework.shapes import EMPTY
+
+if TYPE_CHECKING:
+    from backends.flax.model import Block, Decoder, FlaxModel
+
+STOPS = 8  # stop tokens that a compiled loop has room for
+OUTPUT = 512  # the loop's output grows in these steps
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """The modules without their parameters: a static argument, compared by identity, which costs nothing per call."""
+
+    graph: Any
+    tree: Any
+
+    def decoder(self, leaves: list[jax.Array]) -> "Decoder":
+        """The modules with these parameters."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+
+def skeleton(decoder: "Decoder") -> tuple[Skeleton, list[jax.Array]]:
+    """Structure and parameters of the modules, apart."""
+    graph, state = nnx.split(decoder)
+    leaves, tree = jax.tree.flatten(state)
+    return Skeleton(graph, tree), leaves
+
+
+def no_tap(name: str, value: jax.Array) -> None:
+    """Listens to nothing."""
+
+
+def _project(
+    block: "Block", plan: Plan, index: int, x: jax.Array, positions: jax.Array, tables: Any, tap: Callable
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [batch kv_heads group tokens head_dim], keys and values [batch kv_heads tokens head_dim], rotated."""
+    at, attn, layer, (batch, tokens) = (
+        f"layers.{index}",
+        block.attention,
+        plan.spec.layers[index],
+        positions.shape,
+    )
+    h = block.attention_norm(x)
+    tap(f"{at}.attention_norm", h)
+    q = attn.query(h).reshape(batch, tokens, layer.heads, layer.head_dim)
+    k = attn.key(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
+    v = attn.value(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
+    if plan.spec.query_key_norm:
+        q, k = attn.query_norm(q), attn.key_norm(k)
+    for key, value in (("query", q), ("key", k), ("value", v)):
+        tap(f"{at}.attention.{key}", value)
+    q, k, v = (jnp.swapaxes(one, 1, 2) for one in (q, k, v))
+    if layer.rope is not None and not plan.policy.repositions:
+        q = rotate(q, positions[:, None], tables[layer.rope])
+        k = rotate(k, positions[:, None], tables[layer.rope])
+    tap(f"{at}.attention.query_rotated", jnp.swapaxes(q, 1, 2))
+    tap(f"{at}.attention.key_rotated", jnp.swapaxes(k, 1, 2))
+    return q.reshape(batch, layer.kv_heads, layer.group, tokens, layer.head_dim), k, v
+
+
+def _attend(
+    block: "Block", plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array,
+    seen: jax.Array, budget: jax.Array, tables: Any, phase: Any, tap: Callable,
+) -> tuple[jax.Array, LayerState, View]:  # fmt: skip
+    """Attention of appended tokens; returns the layer's output, the layer with its memory noted, and the view."""
+    at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
+    held = observe(held, q, positions)
+    keys = held.streams["keys"]
+    if layer.rope is not None and policy.repositions:
+        rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
+        keys = rotate(keys, rank, tables[layer.rope])
+        own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
+        q = rotate(q, own[:, :, None], tables[layer.rope])
+    mixed, sums = attention(
+        q, keys, held.streams["values"], positions, held.positions, layer, policy.needs.sums
+    )
+    view = view_of(held, plan, index, sums, seen, budget, phase)
+    if policy.memory:
+        active = (positions >= 0).any(axis=1)[:, None, None]
+        memory = noted(policy, view).memory
+        held = replace(
+            held, memory={key: jnp.where(active, memory[key], old) for key, old in held.memory.items()}
+        )
+        view = replace(view, memory=held.memory)
+    mixed = jnp.moveaxis(mixed, 3, 1).reshape(*positions.shape, layer.heads * layer.head_dim)
+    tap(f"{at}.attention.mixed", mixed)
+    y = block.attention.output(mixed)
+    tap(f"{at}.attention.output", y)
+    return y, held, view
+
+
+def _rest(block: "Block", plan: Plan, index: int, x: jax.Array, y: jax.Array, tap: Callable) -> jax.Array:
+    """The layer after attention: residual, feed-forward, residual."""
+    x = x + (block.attention_post_norm(y) if plan.spec.post_norms else y)
+    y = block.ffn(block.ffn_norm(x))
+    tap(f"layers.{index}.ffn", y)
+    x = x + (block.ffn_post_norm(y) if plan.spec.post_norms else y)
+    tap(f"layers.{index}.output", x)
+    return x
+
+
+def _embed(decoder: "Decoder", plan: Plan, tokens: jax.Array, tap: Callable) -> jax.Array:
+    x = decoder.embed[...][jnp.maximum(tokens, 0)]
+    x = x * jnp.asarray(plan.spec.embed_scale, x.dtype)
+    tap("embed", x)
+    return x
+
+
+def _logits(
+    decoder: "Decoder", plan: Plan, x: jax.Array, tap: Callable
+) -> Float[jax.Array, "batch tokens vocab"]:
+    x = decoder.norm(x)
+    tap("norm", x)
+    if decoder.head is None:
+        out = jnp.einsum("btd,vd->btv", x, decoder.embed[...], preferred_element_type=widened(x[:0]).dtype)
+    else:
+        out = decoder.head(x)
+    out = widened(out)
+    if plan.spec.logit_softcap is not None:
+        out = jnp.tanh(out / plan.spec.logit_softcap) * plan.spec.logit_softcap
+    tap("logits", out)
+    return out
+
+
+@partial(
+    jax.jit,
+    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "record", "tap"),
+)
+def advance(
+    bones: Skeleton,
+    plan: Plan,
+    phase: str,
+    logits: str | None,
+    due: bool,
+    whole: bool,
+    slots: tuple[int, ...],
+    record: bool,
+    leaves: list[jax.Array],
+    tables: Any,
+    state: State,
+    tokens: Int[jax.Array, "batch tokens"],
+    budgets: Int[jax.Array, "layers"],
+    forced: list[jax.Array] | None,
+    tap: Callable = no_tap,
+) -> tuple[Any, State, list]:
+    """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
+
+    `whole`: rows without a token in this call are evicted too.
+    """
+    decoder = bones.decoder(leaves)
+    real = tokens >= 0
+    positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
+    seen = state.seen + jnp.sum(real, axis=1, dtype=jnp.int32)
+    active = jnp.ones_like(real[:, 0]) if whole else real.any(axis=1)
+    x = _embed(decoder, plan, tokens, tap)
+    taken: list[tuple[int, tuple]] = []
+    layers, dropped, bad = [], state.dropped, state.bad
+    for index, block in enumerate(decoder.layers):
+        q, k, v = _project(block, plan, index, x, positions, tables, tap)
+        first = state.layers[index].slots
+        held = append(state.layers[index], {"keys": k, "values": v}, positions, plan.policy)
+        y, held, view = _attend(
+            block, plan, index, held, q, first, positions, seen, budgets[index], tables, phase, tap
+        )
+        x = _rest(block, plan, index, x, y, tap)
+        if due and plan.bounded[index]:
+            choice = None if forced is None else forced[len(taken)]
+            held, lost, wrong, decision = compacted(held, view, plan.policy, active, slots[index], choice)
+            dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
+            taken.append((index, decision))
+        else:
+            held = packed(held, slots[index])
+        layers.append(held)
+    result = State(layers, seen, dropped, bad)
+    decisions = taken if record else []
+    if logits is None:
+        return None, result, decisions
+    if logits == "last":
+        last = jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        real = real.any(axis=1, keepdims=True)
+    out = _logits(decoder, plan, x, tap)
+    return jnp.where(real[..., None], out, 0), result, decisions
+
+
+def _one(
+    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[jax.Array, "batch"],
+    budgets: Int[jax.Array, "layers"], steps: Int[jax.Array, ""],
+) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
+    """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
+    real = tokens >= 0
+    position = jnp.where(real, state.seen, EMPTY)[:, None]
+    seen = state.seen + real.astype(jnp.int32)
+    x = _embed(decoder, plan, tokens[:, None], no_tap)
+    layers, dropped, bad = [], state.dropped, state.bad
+    for index, block in enumerate(decoder.layers):
+        held = state.layers[index]
+        q, k, v = _project(block, plan, index, x, position, tables, no_tap)
+        first = held.fill
+        write = overwrite if plan.overwrites(index) else append_one
+        held = write(held, {"keys": k, "values": v}, position, plan.policy)
+        y, held, view = _attend(
+            block, plan, index, held, q, first, position, seen, budgets[index], tables, "decode", no_tap
+        )
+        x = _rest(block, plan, index, x, y, no_tap)
+        if plan.overwrites(index):
+            held, lost, wrong = without_weakest(held, view, plan.policy, real)
+        elif plan.bounded[index]:
+            held, lost, wrong = _sometimes(plan, held, view, real, steps)
+        else:
+            layers.append(held)
+            continue
+        dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
+        layers.append(held)
+    out = _logits(decoder, plan, x, no_tap)[:, 0]
+    return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad)
+
+
+def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, steps: jax.Array) -> tuple:
+    """Compaction at every `interval`-th step."""
+
+    def compact(held: LayerState) -> tuple:
+        current = replace(
+            view,
+            positions=held.positions,
+            memory=held.memory,
+            keys=None if view.keys is None else widened(held.streams["keys"]),
+            values=None if view.values is None else widened(held.streams["values"]),
+        )
+        return compacted(held, current, plan.policy, active, held.slots)[:3]
+
+    def wait(held: LayerState) -> tuple:
+        return held, jnp.zeros_like(active), jnp.zeros((), bool)
+
+    if plan.policy.interval == 1:
+        return compact(held)
+    return jax.lax.cond(steps % plan.policy.interval == 0, compact, wait, held)
+
+
+@partial(jax.jit, static_argnames=("bones", "plan"), donate_argnames=("state",))
+def single(
+    bones: Skeleton,
+    plan: Plan,
+    leaves: list[jax.Array],
+    tables: Any,
+    state: State,
+    tokens: Int[jax.Array, "batch"],
+    budgets: Int[jax.Array, "layers"],
+    steps: Int[jax.Array, ""],
+) -> tuple[Float[jax.Array, "batch vocab"], State]:
+    """One decode step with given tokens; `steps` counts from 1 since the last prefill."""
+    return _one(bones.decoder(leaves), plan, tables, state, tokens, budgets, steps)
+
+
+@partial(jax.jit, static_argnames=("bones", "plan"), donate_argnames=("state", "logits", "out"))
+def loop(
+    bones: Skeleton,
+    plan: Plan,
+    leaves: list[jax.Array],
+    tables: Any,
+    state: State,
+    logits: Float[jax.Array, "batch vocab"],
+    out: Int[jax.Array, "batch output"],
+    going: Bool[jax.Array, "batch"],
+    budgets: Int[jax.Array, "layers"],
+    steps: Int[jax.Array, ""],
+    count: Int[jax.Array, ""],
+    first: Int[jax.Array, ""],
+    settings: tuple,
+    stop: Int[jax.Array, "stops"],
+) -> tuple[State, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Choose and step `count` times or until no row is going; state, logits, tokens, rows still going, steps done."""
+    decoder = bones.decoder(leaves)
+    temperature, top_k, top_p, min_p, seed = settings
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
+
+    def more(carry: tuple) -> jax.Array:
+        done, _, _, _, going = carry
+        return (done < count) & going.any()
+
+    def body(carry: tuple) -> tuple:
+        done, state, logits, out, going = carry
+
+        def sampled(x: jax.Array) -> jax.Array:
+            noise = gumbel(jnp, seed, first + done, rows, x.shape[-1])
+            return choose(jnp, x, noise, temperature, top_k, top_p, min_p)
+
+        def greedy(x: jax.Array) -> jax.Array:
+            return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+        chosen = jax.lax.cond(temperature > 0, sampled, greedy, logits.astype(jnp.float32))
+        token = jnp.where(going, chosen, EMPTY)
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], done, axis=1)
+        fresh, state = _one(decoder, plan, tables, state, token, budgets, steps + done + 1)
+        logits = jnp.where(going[:, None], fresh, logits)
+        going = going & ~(chosen[:, None] == stop[None]).any(axis=1)
+        return done + 1, state, logits, out, going
+
+    done, state, logits, out, going = jax.lax.while_loop(
+        more, body, (jnp.zeros((), jnp.int32), state, logits, out, going)
+    )
+    return state, logits, out, going, done
+
+
+def decode(
+    model: "FlaxModel",
+    cache: FlaxCache,
+    logits: np.ndarray,
+    sampling: Sampling,
+    stop: Any,
+    steps: int,
+    first: int = 0,
+    active: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, FlaxCache]:
+    """See `framework.backend.Model.decode`."""
+    stop = list(stop)
+    if len(stop) > STOPS:
+        raise KvtwinError(f"{len(stop)} stop tokens; expected at most {STOPS}")
+    going = np.ones(cache.batch, bool) if active is None else np.array(active)
+    model.check_capacity(cache, steps * going)
+    cache = model.ready(cache, steps)
+    tables = model.reach(cache, int(cache.row_seen.max()) + steps)
+    plan, budgets, held = cache.plan, model.budgets(cache), cache.state
+    cache.consume()
+    settings = (
+        np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
+        np.float32(sampling.min_p), np.uint32(sampling.seed),
+    )  # fmt: skip
+    with precision(model.dtype):
+        state, logits_after, out, still, done = loop(
+            model.skeleton, plan, model.leaves, tables, held,
+            np.asarray(logits, np.promote_types(model.kind, np.float32)),
+            np.full((cache.batch, -(-steps // OUTPUT) * OUTPUT), EMPTY, np.int32),
+            going, budgets, np.int32(cache.steps), np.int32(steps), np.int32(first), settings,
+            np.array(stop + [-2] * (STOPS - len(stop)), np.int32),
+        )  # fmt: skip
+        tokens = to_numpy(out)[:, :steps]
+    count = int(done)
+    result = replace(
+        cache,
+        state=state,
+        row_seen=cache.row_seen + (tokens >= 0).sum(1).astype(np.int32),
+        steps=cache.steps + count,
+        used=cache.used + count,
+        consumed=False,
+    )
+    model.check_scores(result)
+    return tokens, to_numpy(logits_after), result

@@ -1,0 +1,337 @@
+"""The decoder in Flax: NNX modules hold the parameters; the step drives cache and policy in compiled functions."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from backends.flax.cache import FlaxCache, State, empty_layer
+from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
+from backends.flax.decode import advance, decode, single, skeleton
+from backends.flax.rope import Tables
+from framework.backend import Decision, Model, read_codec, read_policy, read_tokens
+from framework.codec import Codec
+from framework.errors import KvtwinError
+from framework.policy import UNLIMITED, Policy, name
+from framework.shapes import EMPTY, bucket
+from framework.snapshot import Snapshot
+from framework.spec import ModelSpec
+from framework.tokenizer import Tokenizer
+
+Weights = dict[str, jax.Array]
+
+
+class Linear(nnx.Module):
+    """x W^T + b, with the weight [out, in]."""
+
+    def __init__(self, weights: Weights, at: str):
+        self.weight = nnx.Param(weights[f"{at}.weight"])
+        bias = weights.get(f"{at}.bias")
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Float[jax.Array, "*axes inside"]) -> Float[jax.Array, "*axes out"]:
+        weight = self.weight[...]
+        y = jax.lax.dot_general(
+            x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide(x.dtype)
+        ).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RmsNorm(nnx.Module):
+    """RMSNorm, computed in at least float32."""
+
+    def __init__(self, weights: Weights, at: str, spec: ModelSpec):
+        self.weight = nnx.Param(weights[f"{at}.weight"])
+        self.eps, self.offset = spec.norm_eps, spec.norm_offset
+
+    def __call__(self, x: Float[jax.Array, "*axes dim"]) -> Float[jax.Array, "*axes dim"]:
+        full = widened(x)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return (full * (widened(self.weight[...]) + self.offset)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of one layer; what happens between them is the cache's and `attention`'s."""
+
+    def __init__(self, weights: Weights, at: str, spec: ModelSpec):
+        self.query = Linear(weights, f"{at}.query")
+        self.key = Linear(weights, f"{at}.key")
+        self.value = Linear(weights, f"{at}.value")
+        self.output = Linear(weights, f"{at}.output")
+        if spec.query_key_norm:
+            self.query_norm = RmsNorm(weights, f"{at}.query_norm", spec)
+            self.key_norm = RmsNorm(weights, f"{at}.key_norm", spec)
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, weights: Weights, at: str, spec: ModelSpec):
+        self.gate = Linear(weights, f"{at}.gate")
+        self.up = Linear(weights, f"{at}.up")
+        self.down = Linear(weights, f"{at}.down")
+        self.activation = spec.activation
+
+    def __call__(self, x: Float[jax.Array, "*axes dim"]) -> Float[jax.Array, "*axes dim"]:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, weights: Weights, at: str, spec: ModelSpec):
+        self.attention_norm = RmsNorm(weights, f"{at}.attention_norm", spec)
+        self.attention = Attention(weights, f"{at}.attention", spec)
+        self.ffn_norm = RmsNorm(weights, f"{at}.ffn_norm", spec)
+        self.ffn = FeedForward(weights, f"{at}.ffn", spec)
+        if spec.post_norms:
+            self.attention_post_norm = RmsNorm(weights, f"{at}.attention_post_norm", spec)
+            self.ffn_post_norm = RmsNorm(weights, f"{at}.ffn_post_norm", spec)
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and head."""
+
+    def __init__(self, weights: Weights, spec: ModelSpec):
+        self.embed = nnx.Param(weights["embed.weight"])
+        self.layers = nnx.List([Block(weights, f"layers.{index}", spec) for index in range(len(spec.layers))])
+        self.norm = RmsNorm(weights, "norm", spec)
+        self.head = None if spec.tied else Linear(weights, "head")
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class FlaxModel(Model):
+    """A decoder in Flax, run by compiled functions over fixed-size buffers."""
+
+    def __init__(self, spec: ModelSpec, weights: dict[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+        self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
+        self.kind = DTYPES[dtype]
+        with precision(dtype):
+            self.decoder = Decoder({key: to_jax(value, self.kind) for key, value in weights.items()}, spec)
+            self.skeleton, self.leaves = skeleton(self.decoder)
+        self.tables = Tables(self.kind)
+
+    def cache(
+        self,
+        policy: str | Policy = "full()",
+        codec: str | Codec = "full()",
+        batch: int = 1,
+        capacity: int | None = None,
+        length: int | None = None,
+    ) -> FlaxCache:
+        made, each = read_policy(policy, self.spec)
+        with precision(self.dtype):
+            state = State(
+                layers=[empty_layer(layer, made, batch, 0, self.kind) for layer in self.spec.layers],
+                seen=to_jax(np.zeros(batch), np.int32),
+                dropped=to_jax(np.zeros(batch), np.int32),
+                bad=to_jax(np.array(False)),
+            )
+        seen = np.zeros(batch, np.int32)
+        return FlaxCache(self.spec, made, read_codec(codec), self.dtype, each, state, seen, capacity, length)
+
+    def step(
+        self,
+        tokens: Any,
+        cache: Any = None,
+        *,
+        logits: Any = "last",
+        phase: Any = None,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        taps: dict[str, np.ndarray] | None = None,
+    ) -> tuple[Any, FlaxCache]:
+        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
+        cache = cache or self.cache(batch=len(tokens))
+        after = self.check_capacity(cache, (tokens >= 0).sum(1))
+        phase = phase or ("decode" if cache.row_seen.any() else "prefill")
+        alone = phase == "decode" and tokens.shape[1] == 1 and not cache.pending and evict
+        if alone and forced is None and decisions is None and taps is None:
+            return self._single(tokens, cache, after, logits)
+        return self._chunk(tokens, cache, after, logits, phase, evict, forced, decisions, taps)
+
+    def check_capacity(self, cache: FlaxCache, given: np.ndarray) -> np.ndarray:
+        """What the rows will have seen; raises where that exceeds a declared capacity."""
+        after = (cache.seen + given).astype(np.int32)
+        unbounded = any(cache.limit(index) is None for index in range(len(self.spec.layers)))
+        if cache.capacity is not None and unbounded and after.max() > cache.capacity:
+            raise KvtwinError(f"{after.max()} tokens exceed the capacity {cache.capacity} of the cache")
+        return after
+
+    def _single(
+        self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any
+    ) -> tuple[Any, FlaxCache]:
+        cache = self.ready(cache, 1)
+        tables = self.reach(cache, int(after.max()))
+        held = cache.state
+        cache.consume()
+        with precision(self.dtype):
+            out, state = single(
+                self.skeleton, cache.plan, self.leaves, tables, held, tokens[:, 0], self.budgets(cache),
+                np.int32(cache.steps + 1),
+            )  # fmt: skip
+        result = replace(
+            cache, state=state, row_seen=after, steps=cache.steps + 1, used=cache.used + 1, consumed=False
+        )
+        self.check_scores(result)
+        return (None if logits is None else to_numpy(out)[:, None]), result
+
+    def _chunk(
+        self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any, phase: Any, evict: bool,
+        forced: Any, decisions: Any, taps: Any,
+    ) -> tuple[Any, FlaxCache]:  # fmt: skip
+        count = tokens.shape[1]
+        wide_tokens = np.full((len(tokens), bucket(count, 16)), EMPTY, np.int32)
+        wide_tokens[:, :count] = tokens
+        steps = cache.steps + 1 if phase == "decode" else 0
+        whole = phase == "prefill" or cache.pending
+        due = evict and (whole or steps % cache.policy.interval == 0)
+        pending = not due and (cache.pending or phase == "prefill")
+        held = int(cache.row_seen.max())
+        slots = tuple(
+            self._slots(cache, index, due, held + wide_tokens.shape[1], pending, count)
+            for index in range(len(self.spec.layers))
+        )
+        tables = self.reach(
+            cache, max([int(after.max())] + [layer.slots + count for layer in cache.state.layers])
+        )
+        old = cache.state
+        cache.consume()
+        named: dict[str, Any] = {}
+        arguments = (
+            self.skeleton, cache.plan, phase, logits, due, whole, slots, decisions is not None,
+            self.leaves, tables, old, wide_tokens, self.budgets(cache),
+            None if forced is None else [np.asarray(kept, np.int32) for kept in forced],
+        )  # fmt: skip
+        with precision(self.dtype):
+            if taps is None:
+                out, state, taken = advance(*arguments)
+            else:
+                out, state, taken = advance.__wrapped__(*arguments, tap=named.__setitem__)
+        result = replace(
+            cache,
+            state=state,
+            row_seen=after,
+            steps=steps,
+            pending=pending,
+            used=int(after.max()),
+            consumed=False,
+        )
+        self.check_scores(result)
+        if taps is not None:
+            real = tokens >= 0
+            for key, value in named.items():
+                array = to_numpy(widened(value))[:, :count]
+                taps[key] = (
+                    np.where(real.reshape(*real.shape, *(1,) * (array.ndim - 2)), array, 0)
+                    if array.shape[1] == count
+                    else array
+                )
+        if decisions is not None:
+            decisions.extend(Decision(index, *(to_numpy(x) for x in one)) for index, one in taken)
+        if logits is None:
+            return None, result
+        return to_numpy(out)[:, : count if logits == "all" else 1], result
+
+    def _slots(self, cache: FlaxCache, index: int, due: bool, tokens: int, pending: bool, count: int) -> int:
+        """Slots of a layer's buffers after a call."""
+        if cache.limit(index) is None or due:
+            return cache.slots(index, tokens)
+        if pending:
+            return max(cache.slots(index), bucket(tokens))
+        return cache.state.layers[index].slots + count
+
+    def ready(self, cache: FlaxCache, tokens: int) -> FlaxCache:
+        """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first."""
+        if cache.pending:
+            nothing = np.full((cache.batch, 1), EMPTY, np.int32)
+            _, cache = self._chunk(nothing, cache, cache.seen, None, "prefill", True, None, None, None)
+        layers = []
+        for index, layer in enumerate(cache.state.layers):
+            bounded = cache.limit(index) is not None
+            least = cache.slots(index) if bounded else cache.used + tokens
+            if layer.slots < least:
+                layer = self._widened(layer, least if bounded else cache.slots(index, least))
+            layers.append(layer)
+        if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
+            state = replace(cache.state, layers=layers)
+            cache.consume()
+            cache = replace(cache, state=state, consumed=False)
+        return cache
+
+    def _widened(self, layer: Any, slots: int) -> Any:
+        more = slots - layer.slots
+
+        def pad(x: jax.Array, empty: float = 0) -> jax.Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3), constant_values=empty)
+
+        with precision(self.dtype):
+            return replace(
+                layer,
+                streams={key: pad(value) for key, value in layer.streams.items()},
+                positions=pad(layer.positions, EMPTY),
+                memory={key: pad(value) for key, value in layer.memory.items()},
+            )
+
+    def reach(self, cache: FlaxCache, positions: int) -> Any:
+        """The rope tables for this many positions."""
+        with precision(self.dtype):
+            return self.tables.of(self.spec, cache.length, positions)
+
+    def budgets(self, cache: FlaxCache) -> np.ndarray:
+        """One traced number per layer."""
+        return np.array([UNLIMITED if budget is None else budget for budget in cache.budgets], np.int32)
+
+    def check_scores(self, cache: FlaxCache) -> None:
+        """Raises if a score was NaN."""
+        if cache.plan.policy.evicts and bool(cache.state.bad):
+            raise KvtwinError(f"policy {name(cache.policy)} scored NaN; expected numbers")
+
+    def decode(
+        self,
+        cache: Any,
+        logits: Any,
+        sampling: Any,
+        stop: Any,
+        steps: int,
+        first: int = 0,
+        active: Any = None,
+    ) -> Any:
+        return decode(self, cache, logits, sampling, stop, steps, first, active)
+
+    def restore(self, source: Snapshot | str | os.PathLike) -> FlaxCache:
+        held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
+        cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
+        with precision(self.dtype):
+            layers = [
+                replace(
+                    empty,
+                    streams={key: to_jax(value, self.kind) for key, value in saved.streams.items()},
+                    positions=to_jax(saved.positions, np.int32),
+                    memory={key: to_jax(value, wide(self.kind)) for key, value in saved.memory.items()},
+                    queries=None if saved.queries is None else to_jax(saved.queries, self.kind),
+                    query_positions=None
+                    if saved.query_positions is None
+                    else to_jax(saved.query_positions, np.int32),
+                    fill=to_jax(np.array(saved.positions.shape[-1]), np.int32),
+                )
+                for empty, saved in zip(cache.state.layers, held.layers, strict=True)
+            ]
+            cache.state = replace(
+                cache.state,
+                layers=layers,
+                seen=to_jax(held.seen, np.int32),
+                dropped=to_jax(held.dropped, np.int32),
+            )
+        cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
+        cache.steps, cache.pending = held.steps, held.pending
+        return cache

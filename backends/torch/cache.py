@@ -1,0 +1,331 @@
+"""The dynamic cache: per-layer tensors that grow in blocks, shrink by gather, and free what they drop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from backends.torch.convert import to_numpy, widened
+from framework.arrays import by_position, keep, take_slots
+from framework.backend import Bytes, Cache
+from framework.codec import Codec, codecs
+from framework.errors import KvtwinError
+from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
+from framework.shapes import EMPTY, bucket
+from framework.snapshot import Snapshot, canonical
+from framework.spec import Layer, ModelSpec
+
+
+@dataclass
+class LayerCache:
+    """One layer. Slots from `fill` on are free to append to; `used` is the most tokens that a head can hold now.
+
+    While `fill` is below the number of slots, the filled slots are in position order.
+    """
+
+    spec: Layer
+    budget: int | None
+    streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
+    positions: Int[torch.Tensor, "batch kv_heads slots"]
+    memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
+    queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
+    query_positions: Int[torch.Tensor, "batch window"] | None
+    fill: int = 0
+    used: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens per head after an eviction."""
+        return limit(self.budget, self.spec.window)
+
+    @property
+    def bound(self) -> int:
+        """`limit` of a layer that evicts."""
+        assert self.limit is not None
+        return self.limit
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that this layer keeps alive."""
+        optional = [x for x in (self.queries, self.query_positions) if x is not None]
+        return [*self.streams.values(), self.positions, *self.memory.values(), *optional]
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots."""
+        more = slots - self.slots
+        if more <= 0:
+            return
+
+        def wider(x: torch.Tensor, empty: float) -> torch.Tensor:
+            tail = x.new_full((*x.shape[:2], more, *x.shape[3:]), empty)
+            return torch.cat([x, tail], dim=2)
+
+        self.streams = {key: wider(value, 0) for key, value in self.streams.items()}
+        self.positions = wider(self.positions, EMPTY)
+        self.memory = {key: wider(value, 0) for key, value in self.memory.items()}
+
+    def append(
+        self, new: dict[str, torch.Tensor], positions: torch.Tensor, start: Mapping[str, float]
+    ) -> None:
+        """Write the tokens behind the filled slots, growing by a quarter where there is no room."""
+        count = positions.shape[1]
+        if self.fill + count > self.slots:
+            room = self.fill + count if self.limit is not None else bucket(self.fill + count + 1)
+            self.reserve(room)
+        span = slice(self.fill, self.fill + count)
+        for key, value in new.items():
+            self.streams[key][:, :, span] = value
+        self.positions[:, :, span] = positions[:, None]
+        for key, value in start.items():
+            self.memory[key][:, :, span] = value
+        self.fill += count
+        self.used += count
+
+    def overwrite(
+        self, new: dict[str, torch.Tensor], positions: torch.Tensor, start: Mapping[str, float]
+    ) -> None:
+        """Write one token into an empty slot of each row and head."""
+        if self.used + 1 > self.slots:
+            self.reserve(min(bucket(self.used + 1), self.bound + 1))
+        slot = self.positions.argmin(dim=-1, keepdim=True)
+        for key, value in new.items():
+            self.streams[key].scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
+        self.positions.scatter_(2, slot, positions[:, None].expand(-1, slot.shape[1], -1))
+        for key, value in start.items():
+            self.memory[key].scatter_(2, slot, value)
+        self.fill = self.slots
+        self.used += 1
+
+    def observe(self, queries: torch.Tensor, positions: torch.Tensor) -> None:
+        """Keep the newest queries of each row; padding does not push older ones out."""
+        if self.queries is None:
+            return
+        assert self.query_positions is not None
+        asked = self.query_positions.shape[1]
+        every = torch.cat([self.query_positions, positions], dim=1)
+        order = torch.argsort(every, dim=1, stable=True)[:, -asked:]
+        self.query_positions = every.gather(1, order)
+        both = torch.cat([self.queries, queries], dim=3)
+        index = order[:, None, None, :, None].expand(-1, *both.shape[1:3], -1, both.shape[-1])
+        self.queries = both.gather(3, index)
+
+    def view(
+        self, policy: Policy, sums: torch.Tensor | None, seen: torch.Tensor, budget: int, **static: Any
+    ) -> View:
+        """What the policy sees, in physical slot order."""
+        needs = policy.needs
+        wanted = needs.keys or needs.queries > 0
+        return View(
+            xp=xp,
+            positions=self.positions,
+            budget=torch.full(
+                self.positions.shape[:2], budget, dtype=torch.int32, device=self.positions.device
+            ),
+            seen=seen,
+            memory=self.memory,
+            keys=widened(self.streams["keys"]) if wanted else None,
+            values=widened(self.streams["values"]) if needs.values else None,
+            queries=None if self.queries is None else widened(self.queries),
+            query_positions=self.query_positions,
+            sums=sums,
+            scale=self.spec.scale,
+            softcap=self.spec.softcap,
+            window=self.spec.window,
+            **static,
+        )
+
+    def compact(
+        self,
+        policy: Policy,
+        view: View,
+        active: torch.Tensor,
+        forced: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, tuple, torch.Tensor]:
+        """Keep the survivors in position order in new, smaller tensors.
+
+        Returns which rows lost a token, the decision, and whether a score was NaN.
+        """
+        order = by_position(xp, self.positions)
+        seen = ordered(view, order, lambda x, index: take_slots(xp, x, index))
+        scores, protected = judge(policy, seen)
+        filled = seen.filled
+        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
+        living = alive(seen.positions, seen.seen, self.spec.window)
+        # A row that takes no part in this call keeps what it has gathered since its own last eviction.
+        room = min(self.used, self.bound if bool(active.all()) else self.bound + policy.interval - 1)
+        slots = room + policy.interval
+        index = survivors(xp, scores, protected, living, seen.budget, slots)
+        chosen = keep(xp, seen.positions, index, EMPTY)
+        decision = (seen.positions, scores, protected, chosen)
+        if forced is not None:
+            index = _slots_of(seen.positions, forced, slots)
+        index = torch.where(active[:, None, None], index, _all(filled, slots))
+        lost = (index >= 0).sum(-1) < filled.sum(-1)
+        source = take_slots(xp, order, index)
+        source = torch.where(index < 0, index, source.to(index.dtype))
+        self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
+        self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
+        self.positions = keep(xp, self.positions, source, EMPTY)
+        self.fill = self.used = room
+        return lost.any(dim=1), decision, bad.any()
+
+    def evict_one(
+        self, policy: Policy, view: View, active: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Empty the weakest slot of each head that holds too many; returns which rows lost a token, and NaN."""
+        scores, protected = judge(policy, view)
+        filled = view.filled
+        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
+        living = alive(self.positions, view.seen, self.spec.window)
+        slot = weakest(xp, scores, self.positions, protected, living)[..., None]
+        over = (filled.sum(-1) > view.budget) | (filled & ~living).any(-1)
+        over = (over & active[:, None])[..., None]
+        self.positions.scatter_(
+            2, slot, torch.where(over, EMPTY, self.positions.gather(2, slot)).to(torch.int32)
+        )
+        self.used = min(self.used, self.bound)
+        return over.any(dim=1)[:, 0], bad.any()
+
+
+def _slots_of(positions: torch.Tensor, forced: torch.Tensor, slots: int) -> torch.Tensor:
+    """Index of the slots that hold the forced positions, in position order, -1 beyond their count."""
+    wanted = (positions[..., :, None] == forced[..., None, :]).any(-1) & (positions >= 0)
+    return _all(wanted, slots)
+
+
+def _all(wanted: torch.Tensor, slots: int) -> torch.Tensor:
+    """Index [.. slots] of the True entries, in order, -1 beyond their count."""
+    total = wanted.shape[-1]
+    here = torch.where(wanted, torch.arange(total, device=wanted.device), total).sort(dim=-1).values
+    here = torch.nn.functional.pad(here, (0, max(0, slots - total)), value=total)[..., :slots]
+    return torch.where(here == total, -1, here).to(torch.int32)
+
+
+@dataclass(repr=False, eq=False)
+class TorchCache(Cache):
+    """Layers of one batch, with what each row has seen."""
+
+    spec: ModelSpec
+    policy: Policy
+    codec: Codec
+    layers: list[LayerCache]
+    row_seen: np.ndarray
+    dropped: torch.Tensor
+    capacity: int | None = None
+    length: int | None = None
+    steps: int = 0
+    pending: bool = False
+    consumed: bool = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.row_seen)
+
+    @property
+    def seen(self) -> np.ndarray:
+        self.alive()
+        return self.row_seen.copy()
+
+    def overwrites(self, layer: LayerCache) -> bool:
+        """True where decode puts a token into an emptied slot."""
+        return overwrites(self.policy, layer.budget, layer.spec.window)
+
+    @property
+    def bytes(self) -> Bytes:
+        self.alive()
+        totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
+        for layer in self.layers:
+            filled = int((layer.positions >= 0).sum())
+            empty = layer.positions.numel() - filled
+            groups = {
+                "payload": layer.streams.values(),
+                "positions": [layer.positions],
+                "memory": layer.memory.values(),
+            }
+            for key, tensors in groups.items():
+                each = sum(x.nbytes for x in tensors) // max(layer.positions.numel(), 1)
+                totals[key] += filled * each
+                totals["padding"] += empty * each
+            totals["queries"] += sum(
+                x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
+            )
+        return Bytes(scales=0, **totals)
+
+    def snapshot(self) -> Snapshot:
+        self.alive()
+        layers = tuple(
+            canonical(
+                {key: to_numpy(value) for key, value in layer.streams.items()},
+                to_numpy(layer.positions),
+                {key: to_numpy(value) for key, value in layer.memory.items()},
+                None if layer.queries is None else to_numpy(layer.queries),
+                None if layer.query_positions is None else to_numpy(layer.query_positions),
+            )
+            for layer in self.layers
+        )
+        return Snapshot(
+            spec=self.spec,
+            policy=name(self.policy),
+            codec=codecs.spelling(self.codec),
+            dtype=str(self.layers[0].streams["keys"].dtype).removeprefix("torch."),
+            layers=layers,
+            seen=self.row_seen.copy(),
+            dropped=to_numpy(self.dropped),
+            steps=self.steps,
+            pending=self.pending,
+            capacity=self.capacity,
+            length=self.length,
+        )
+
+    def fork(self, rows: int = 1) -> "TorchCache":
+        self.alive()
+        if rows != 1 and self.batch != 1:
+            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        return self._gather(list(range(self.batch)) * rows)
+
+    def rows(self, index: Sequence[int]) -> "TorchCache":
+        self.check_rows(index)
+        return self._gather(list(index))
+
+    def _gather(self, index: list[int]) -> "TorchCache":
+        def pick(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[index]
+
+        layers = [
+            replace(
+                layer,
+                streams={key: value[index] for key, value in layer.streams.items()},
+                positions=layer.positions[index],
+                memory={key: value[index] for key, value in layer.memory.items()},
+                queries=pick(layer.queries),
+                query_positions=pick(layer.query_positions),
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers, row_seen=self.row_seen[index], dropped=self.dropped[index])
+
+    def roll_back(self, count: int) -> "TorchCache":
+        self.alive()
+        self.check_roll_back(count, self.row_seen, to_numpy(self.dropped))
+        result = self.fork()
+        self.consume()
+        result.row_seen = self.row_seen - count
+        result.steps = max(0, self.steps - count)
+        seen = torch.as_tensor(result.row_seen, device=self.dropped.device)
+        for layer in result.layers:
+            gone = layer.positions >= seen[:, None, None]
+            layer.positions.masked_fill_(gone, EMPTY)
+            for value in layer.streams.values():
+                value.masked_fill_(gone[..., None], 0)
+            if layer.fill < layer.slots or not self.overwrites(layer):
+                filled = (layer.positions >= 0).any(dim=1).any(dim=0).nonzero()
+                layer.fill = int(filled.max()) + 1 if len(filled) else 0
+            layer.used = int((layer.positions >= 0).sum(-1).max())
+        return result

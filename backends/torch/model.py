@@ -1,0 +1,398 @@
+"""The decoder in torch: modules with canonical parameter names, and the step that drives cache and policy."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+from torch.nn import functional
+
+from backends.torch.attention import attention
+from backends.torch.cache import LayerCache, TorchCache
+from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
+from backends.torch.decode import decode
+from backends.torch.rope import Tables
+from framework.backend import Decision, Model, read_codec, read_policy, read_tokens
+from framework.codec import Codec
+from framework.errors import KvtwinError
+from framework.policy import UNLIMITED, Phase, Policy, View, name, noted
+from framework.shapes import EMPTY
+from framework.snapshot import Snapshot
+from framework.spec import Layer, ModelSpec
+from framework.tokenizer import Tokenizer
+
+Tap = Callable[[str, torch.Tensor], None]
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm, computed in at least float32."""
+
+    def __init__(self, dim: int, eps: float, offset: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
+        wide = widened(x)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (widened(self.weight) + self.offset)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one layer; what happens between them is the cache's and `attention`'s."""
+
+    def __init__(self, spec: ModelSpec, layer: Layer):
+        super().__init__()
+        wide, narrow = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        self.query = nn.Linear(spec.dim, wide, bias=spec.qkv_bias)
+        self.key = nn.Linear(spec.dim, narrow, bias=spec.qkv_bias)
+        self.value = nn.Linear(spec.dim, narrow, bias=spec.qkv_bias)
+        self.output = nn.Linear(wide, spec.dim, bias=spec.output_bias)
+        if spec.query_key_norm:
+            self.query_norm = RmsNorm(layer.head_dim, spec.norm_eps, spec.norm_offset)
+            self.key_norm = RmsNorm(layer.head_dim, spec.norm_eps, spec.norm_offset)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.gate = nn.Linear(spec.dim, spec.ffn, bias=spec.ffn_bias)
+        self.up = nn.Linear(spec.dim, spec.ffn, bias=spec.ffn_bias)
+        self.down = nn.Linear(spec.ffn, spec.dim, bias=spec.ffn_bias)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, spec: ModelSpec, layer: Layer):
+        super().__init__()
+        self.attention_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
+        self.attention = Attention(spec, layer)
+        self.ffn_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
+        self.ffn = FeedForward(spec)
+        if spec.post_norms:
+            self.attention_post_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
+            self.ffn_post_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.embed = nn.Embedding(spec.vocab, spec.dim)
+        self.layers = nn.ModuleList(Block(spec, layer) for layer in spec.layers)
+        self.norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
+        self.head = None if spec.tied else nn.Linear(spec.dim, spec.vocab, bias=False)
+
+
+ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh")}
+
+
+def no_tap(name: str, value: torch.Tensor) -> None:
+    """Listens to nothing."""
+
+
+class TorchModel(Model):
+    """A decoder in torch, run eagerly over a dynamic cache."""
+
+    def __init__(self, spec: ModelSpec, weights: dict[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+        self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.kind = DTYPES[dtype]
+        with torch.device("meta"):
+            self.decoder = Decoder(spec)
+        tensors = {key: to_torch(value, self.kind, self.device) for key, value in weights.items()}
+        self.decoder.load_state_dict(tensors, assign=True)
+        self.decoder.requires_grad_(False)
+        self.tables = Tables(self.kind, self.device)
+
+    def cache(
+        self,
+        policy: str | Policy = "full()",
+        codec: str | Codec = "full()",
+        batch: int = 1,
+        capacity: int | None = None,
+        length: int | None = None,
+    ) -> TorchCache:
+        made, each = read_policy(policy, self.spec)
+        layers = [
+            self._layer(made, layer, budget, batch)
+            for layer, budget in zip(self.spec.layers, each, strict=True)
+        ]
+        dropped = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        seen = np.zeros(batch, np.int32)
+        return TorchCache(self.spec, made, read_codec(codec), layers, seen, dropped, capacity, length)
+
+    def _layer(self, policy: Policy, layer: Layer, budget: int | None, batch: int) -> LayerCache:
+        asked = policy.needs.queries
+        wide = torch.promote_types(self.kind, torch.float32)
+        empty = {"device": self.device, "dtype": self.kind}
+        return LayerCache(
+            layer,
+            budget,
+            {key: torch.zeros(batch, one.heads, 0, one.width, **empty) for key, one in layer.streams.items()},
+            torch.full((batch, layer.kv_heads, 0), EMPTY, dtype=torch.int32, device=self.device),
+            {
+                key: torch.zeros(batch, layer.kv_heads, 0, dtype=wide, device=self.device)
+                for key in policy.memory
+            },
+            torch.zeros(batch, layer.kv_heads, layer.group, asked, layer.head_dim, **empty)
+            if asked
+            else None,
+            torch.full((batch, asked), EMPTY, dtype=torch.int32, device=self.device) if asked else None,
+        )
+
+    @torch.inference_mode()
+    def step(
+        self,
+        tokens: Any,
+        cache: Any = None,
+        *,
+        logits: Any = "last",
+        phase: Any = None,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        taps: dict[str, np.ndarray] | None = None,
+    ) -> tuple[Any, TorchCache]:
+        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
+        cache = cache or self.cache(batch=len(tokens))
+        phase = phase or ("decode" if cache.seen.any() else "prefill")
+
+        def listen(key: str, value: torch.Tensor) -> None:
+            assert taps is not None
+            taps[key] = to_numpy(widened(value))
+
+        out, cache = self.advance(
+            to_torch(tokens, device=self.device), tokens, cache, logits, phase, evict, forced, decisions,
+            no_tap if taps is None else listen,
+        )  # fmt: skip
+        return None if out is None else to_numpy(widened(out)), cache
+
+    def advance(
+        self,
+        tokens: Int[torch.Tensor, "batch tokens"],
+        host: Int[np.ndarray, "batch tokens"],
+        cache: TorchCache,
+        logits: str | None,
+        phase: Phase,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        tap: Tap = no_tap,
+    ) -> tuple[Any, TorchCache]:
+        """`step` on tensors; `host` is the same tokens in NumPy."""
+        spec, policy = self.spec, cache.policy
+        given = (host >= 0).sum(1).astype(np.int32)
+        after = cache.seen + given
+        if (
+            cache.capacity is not None
+            and after.max() > cache.capacity
+            and any(one.limit is None for one in cache.layers)
+        ):
+            raise KvtwinError(f"{after.max()} tokens exceed the capacity {cache.capacity} of the cache")
+        for layer in spec.layers:
+            if layer.rope is not None:
+                reach = (
+                    max(one.fill for one in cache.layers) + host.shape[1]
+                    if policy.repositions
+                    else int(after.max())
+                )
+                self.tables.grow(layer.rope, cache.length, reach)
+        cache.consume()
+        cache = TorchCache(**{**cache.__dict__, "consumed": False})
+        real = tokens >= 0
+        before = to_torch(cache.row_seen, device=self.device)
+        positions = torch.where(real, before[:, None] + real.cumsum(1).to(torch.int32) - 1, EMPTY).to(
+            torch.int32
+        )
+        cache.row_seen = after
+        cache.steps = cache.steps + 1 if phase == "decode" else 0
+        whole = phase == "prefill" or cache.pending
+        due = evict and (whole or cache.steps % policy.interval == 0)
+        single = phase == "decode" and not cache.pending and tokens.shape[1] == 1 and evict
+        single = single and forced is None and decisions is None
+        cache.pending = not due and (cache.pending or phase == "prefill")
+
+        x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
+        tap("embed", x)
+        views = []
+        for index, block in enumerate(self.decoder.layers):
+            y, view = self._attend(
+                block, index, x, positions, to_torch(after, device=self.device), cache, single, phase, tap
+            )
+            views.append(view)
+            x = x + (block.attention_post_norm(y) if spec.post_norms else y)
+            y = block.ffn(block.ffn_norm(x))
+            tap(f"layers.{index}.ffn", y)
+            x = x + (block.ffn_post_norm(y) if spec.post_norms else y)
+            tap(f"layers.{index}.output", x)
+        if due:
+            active = torch.ones_like(real[:, 0]) if whole else real.any(1)
+            self._evict(cache, views, active, single, forced, decisions)
+        return self._logits(x, real, logits, tap), cache
+
+    def _attend(
+        self,
+        block: Block,
+        index: int,
+        x: Float[torch.Tensor, "batch tokens dim"],
+        positions: Int[torch.Tensor, "batch tokens"],
+        seen: Int[torch.Tensor, "batch"],
+        cache: TorchCache,
+        single: bool,
+        phase: Phase,
+        tap: Tap,
+    ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View]:
+        """Append the tokens to one layer and attend; returns the layer's attention output and the policy's view."""
+        at, attn, layer, held = (
+            f"layers.{index}",
+            block.attention,
+            self.spec.layers[index],
+            cache.layers[index],
+        )
+        policy, (batch, tokens) = cache.policy, positions.shape
+        h = block.attention_norm(x)
+        tap(f"{at}.attention_norm", h)
+        q = attn.query(h).view(batch, tokens, layer.heads, layer.head_dim)
+        k = attn.key(h).view(batch, tokens, layer.kv_heads, layer.head_dim)
+        v = attn.value(h).view(batch, tokens, layer.kv_heads, layer.head_dim)
+        if self.spec.query_key_norm:
+            q, k = attn.query_norm(q), attn.key_norm(k)
+        for key, value in (("query", q), ("key", k), ("value", v)):
+            tap(f"{at}.attention.{key}", value)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if layer.rope is not None and not policy.repositions:
+            q = self.tables.rotate(q, positions[:, None], layer.rope, cache.length)
+            k = self.tables.rotate(k, positions[:, None], layer.rope, cache.length)
+        tap(f"{at}.attention.query_rotated", q.transpose(1, 2))
+        tap(f"{at}.attention.key_rotated", k.transpose(1, 2))
+        grouped = q.unflatten(1, (layer.kv_heads, layer.group))
+        if single and cache.overwrites(held) and held.used >= 1:
+            held.overwrite({"keys": k, "values": v}, positions, policy.memory)
+            first = held.slots - tokens
+        else:
+            first = held.fill
+            held.append({"keys": k, "values": v}, positions, policy.memory)
+        held.observe(grouped, positions)
+        keys = held.streams["keys"]
+        if layer.rope is not None and policy.repositions:
+            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
+            keys = self.tables.rotate(keys, rank, layer.rope, cache.length)
+            own = rank[:, :, None, first : first + tokens]
+            grouped = self.tables.rotate(grouped, own, layer.rope, cache.length)
+        mixed, sums = attention(
+            grouped, keys, held.streams["values"], positions, held.positions, layer, first, policy.needs.sums
+        )
+        budget = UNLIMITED if held.budget is None else held.budget
+        view = held.view(policy, sums, seen, budget, phase=phase, layer=index, layers=len(self.spec.layers))
+        if policy.memory:
+            view = noted(policy, view)
+            active = (positions >= 0).any(1)[:, None, None]
+            held.memory = {
+                key: torch.where(active, view.memory[key], old) for key, old in held.memory.items()
+            }
+        mixed = mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+        tap(f"{at}.attention.mixed", mixed)
+        y = attn.output(mixed)
+        tap(f"{at}.attention.output", y)
+        return y, view
+
+    def _evict(
+        self,
+        cache: TorchCache,
+        views: list[View],
+        active: torch.Tensor,
+        single: bool,
+        forced: Sequence[np.ndarray] | None,
+        decisions: list[Decision] | None,
+    ) -> None:
+        number = 0
+        for index, (held, view) in enumerate(zip(cache.layers, views, strict=True)):
+            if held.limit is None:
+                continue
+            if single and cache.overwrites(held):
+                lost, bad = held.evict_one(cache.policy, view, active)
+            else:
+                choice = None if forced is None else to_torch(forced[number], device=self.device)
+                lost, decision, bad = held.compact(cache.policy, view, active, choice)
+                if decisions is not None:
+                    decisions.append(_decision(index, *decision))
+            if bool(bad):
+                raise KvtwinError(
+                    f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers"
+                )
+            seen = torch.as_tensor(cache.row_seen, device=self.device)
+            cache.dropped = torch.where(lost, seen, cache.dropped)
+            number += 1
+
+    def _logits(
+        self, x: torch.Tensor, real: torch.Tensor, which: str | None, tap: Tap
+    ) -> torch.Tensor | None:
+        if which is None:
+            return None
+        if which == "last":
+            columns = torch.arange(real.shape[1], device=x.device)
+            last = torch.where(real, columns, 0).amax(1)
+            x = x[torch.arange(len(x), device=x.device), last][:, None]
+            real = real.any(1, keepdim=True)
+        x = self.decoder.norm(x)
+        tap("norm", x)
+        weight = self.decoder.embed.weight if self.decoder.head is None else self.decoder.head.weight
+        out = functional.linear(x, weight)
+        if self.spec.logit_softcap is not None:
+            out = torch.tanh(out / self.spec.logit_softcap) * self.spec.logit_softcap
+        tap("logits", out)
+        return torch.where(real[..., None], out, 0)
+
+    def decode(
+        self,
+        cache: Any,
+        logits: Any,
+        sampling: Any,
+        stop: Any,
+        steps: int,
+        first: int = 0,
+        active: Any = None,
+    ) -> Any:
+        return decode(self, cache, logits, sampling, stop, steps, first, active)
+
+    def restore(self, source: Snapshot | str | os.PathLike) -> TorchCache:
+        held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
+        cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
+        cache.row_seen = held.seen.astype(np.int32)
+        cache.dropped = to_torch(held.dropped, torch.int32, self.device)
+        cache.steps, cache.pending = held.steps, held.pending
+        wide = torch.promote_types(self.kind, torch.float32)
+        for layer, saved in zip(cache.layers, held.layers, strict=True):
+            layer.streams = {
+                key: to_torch(value, self.kind, self.device) for key, value in saved.streams.items()
+            }
+            layer.positions = to_torch(saved.positions, torch.int32, self.device)
+            layer.memory = {key: to_torch(value, wide, self.device) for key, value in saved.memory.items()}
+            if saved.queries is not None and saved.query_positions is not None:
+                layer.queries = to_torch(saved.queries, self.kind, self.device)
+                layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
+            layer.fill = layer.used = layer.slots
+        return cache
+
+
+def _decision(
+    index: int, positions: torch.Tensor, scores: torch.Tensor, protected: Any, kept: torch.Tensor
+) -> Decision:
+    """The decision as NumPy; scores in at least float32."""
+    filled = positions >= 0
+    marked = torch.zeros_like(filled) if protected is None else protected & filled
+    scores = torch.where(filled, scores, 0)
+    wide = scores.double() if not scores.is_floating_point() else widened(scores)
+    return Decision(index, *(to_numpy(x) for x in (positions, wide.double(), marked, kept)))

@@ -1,0 +1,50 @@
+"""Rotary embedding: tables of cosines and sines from float64 angles, and the rotation."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from backends.torch.convert import to_torch, widened
+from framework.rope import angles
+from framework.spec import Rope
+
+
+@dataclass
+class Tables:
+    """cos and sin of every position up to a length, per Rope and declared length; grown by doubling."""
+
+    dtype: torch.dtype
+    device: torch.device
+    tables: dict[tuple[Rope, int | None], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def grow(self, rope: Rope, length: int | None, positions: int) -> None:
+        """Make the table cover `positions` positions."""
+        held = self.tables.get((rope, length))
+        if held is not None and held[0].shape[0] >= positions:
+            return
+        size = 1024
+        while size < positions:
+            size *= 2
+        if rope.kind == "dynamic" and length is None:
+            size = max(positions, min(size, rope.original))  # beyond it the angles need a declared length
+        cos, sin = angles(rope, np.arange(size), length)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.tables[rope, length] = to_torch(cos, wide, self.device), to_torch(sin, wide, self.device)
+
+    def rotate(
+        self,
+        x: Float[torch.Tensor, "batch *heads tokens head_dim"],
+        positions: Int[torch.Tensor, "batch *#heads tokens"],
+        rope: Rope,
+        length: int | None,
+    ) -> Float[torch.Tensor, "batch *heads tokens head_dim"]:
+        """Turn channel i with channel i + half by the angle of each position; -1 turns as 0. Computed in >= float32."""
+        cos_table, sin_table = self.tables[rope, length]
+        where = positions.clamp(min=0).long()
+        cos, sin = cos_table[where], sin_table[where]
+        half = cos.shape[-1]
+        wide = widened(x)
+        a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)

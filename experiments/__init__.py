@@ -1,0 +1,1 @@
+"""What we ask: the command line, the demo, comparisons and checks."""

@@ -1,0 +1,1 @@
+"""What things mean: specs, weights, policies, codecs, the reference and the contract of a backend."""

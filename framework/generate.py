@@ -1,0 +1,171 @@
+"""Generation: prompts to text on any backend. The loop is the backend's; what drives it is written once."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from framework.backend import Bytes, Cache, Model
+from framework.codec import Codec
+from framework.decode import Sampling
+from framework.errors import KvtwinError
+from framework.policy import Policy
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+PIECE = 16  # tokens between two updates of the progress bar
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out, one entry per prompt.
+
+    `tokens`: new ids, the stop token included. `text`: their text, the stop token left out. `kept`: positions held in
+    each layer at the end, [batch, kv_heads, kept], -1 padded. `bytes`: what the cache holds at the end. `seconds`:
+    prefill and decode, compilation included. `cache`: to go on with; it has seen prompts and new tokens.
+    """
+
+    tokens: list[list[int]]
+    text: list[str]
+    kept: list[np.ndarray]
+    bytes: Bytes
+    seconds: float
+    prefill_seconds: float
+    cache: Cache
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    *,
+    policy: str | Policy = "full()",
+    codec: str | Codec = "full()",
+    cache: Cache | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+    chunk: int | None = None,
+    evict: Literal["prompt", "chunk"] = "prompt",
+    length: int | None = None,
+    progress: bool | None = None,
+) -> Generated:
+    """Continue prompts of any lengths, as one batch.
+
+    `prompts`: texts or token ids. `cache`: goes on with this cache, under its policy, instead of a new one. `stop`:
+    ids that end a row (default: the model's own). `chunk`: prefill that many tokens at a time, compressing at the end
+    of the prompt, or with `evict="chunk"` after each. `length`: the final number of tokens, which dynamic rope scaling
+    needs to know. `progress`: a bar on standard error (default: only on a terminal).
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    rows = read_prompts(model, prompts)
+    if max_new_tokens < 1:
+        raise KvtwinError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    begun = time.perf_counter()
+    cache, logits = prefill(model, rows, cache, policy, codec, max_new_tokens, chunk, evict, length)
+    prefilled = time.perf_counter()
+    ends = list(model.spec.stop if stop is None else stop)
+    pieces = []
+    shown = sys.stderr.isatty() if progress is None else progress
+    with _bar(shown) as bar:
+        task = bar.add_task("tokens", total=max_new_tokens)
+        active, done = np.ones(len(rows), bool), 0
+        while done < max_new_tokens and active.any():
+            count = min(PIECE if shown else max_new_tokens, max_new_tokens - done)
+            new, logits, cache = model.decode(cache, logits, sampling, ends, count, first=done, active=active)
+            active &= ~np.isin(new, ends).any(1) & (new[:, -1] >= 0)
+            done += count
+            pieces.append(new)
+            bar.update(task, completed=done)
+    seconds = time.perf_counter() - begun
+    tokens = [[int(token) for token in row if token >= 0] for row in np.concatenate(pieces, axis=1)]
+    text = [model.tokenizer.decode([token for token in row if token not in ends]) for row in tokens]
+    return Generated(tokens, text, cache.kept, cache.bytes, seconds, prefilled - begun, cache)
+
+
+def stream(
+    model: Model,
+    prompt: str | Sequence[int],
+    *,
+    policy: str | Policy = "full()",
+    codec: str | Codec = "full()",
+    max_new_tokens: int = 64,
+    stop: Sequence[int] | None = None,
+    chunk: int | None = None,
+    length: int | None = None,
+    **sampling: Any,
+) -> Iterator[str]:
+    """Yield the continuation of one prompt in pieces that never cut a character. Options as in `generate`."""
+    rows = read_prompts(model, prompt)
+    settings = Sampling(**sampling)
+    cache, logits = prefill(model, rows, None, policy, codec, max_new_tokens, chunk, "prompt", length)
+    ends = list(model.spec.stop if stop is None else stop)
+    decoder = model.tokenizer.decoder()
+    for number in range(max_new_tokens):
+        new, logits, cache = model.decode(cache, logits, settings, ends, 1, first=number)
+        token = int(new[0, 0])
+        if token in ends:
+            break
+        if piece := decoder.push(token):
+            yield piece
+    if rest := decoder.finish():
+        yield rest
+
+
+def read_prompts(model: Model, prompts: Prompts) -> list[list[int]]:
+    """Token ids of each prompt; empty ones are refused."""
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    every: Any = [prompts] if alone else prompts
+    rows = [
+        model.tokenizer.encode(one) if isinstance(one, str) else [int(token) for token in one]
+        for one in every
+    ]
+    if not rows:
+        raise KvtwinError("no prompts; expected at least one")
+    for index, row in enumerate(rows):
+        if not row:
+            raise KvtwinError(f"prompt {index} is empty; expected at least one token")
+    return rows
+
+
+def prefill(
+    model: Model,
+    rows: list[list[int]],
+    cache: Cache | None,
+    policy: str | Policy,
+    codec: str | Codec,
+    new_tokens: int,
+    chunk: int | None,
+    evict: Literal["prompt", "chunk"],
+    length: int | None = None,
+) -> tuple[Cache, np.ndarray]:
+    """Feed the prompts and compress; returns the cache and the logits after each row's last token [batch, vocab]."""
+    if chunk is not None and chunk < 1:
+        raise KvtwinError(f"chunk is {chunk}; expected at least 1 token")
+    if evict not in ("prompt", "chunk"):
+        raise KvtwinError(f'evict is {evict!r}; expected "prompt" or "chunk"')
+    cache = model.cache(policy, codec, len(rows), length=length) if cache is None else cache
+    longest = max(len(row) for row in rows)
+    padded = np.array([row + [-1] * (longest - len(row)) for row in rows], np.int32)
+    cache.expect(new_tokens)
+    logits = np.zeros((len(rows), model.spec.vocab))
+    size = chunk or longest
+    for start in range(0, longest, size):
+        part = padded[:, start : start + size]
+        last = start + size >= longest
+        out, cache = model.step(part, cache, phase="prefill", evict=last or evict == "chunk")
+        came = (part >= 0).any(axis=1, keepdims=True)
+        logits = np.where(came, out[:, 0], logits).astype(out.dtype)
+    return cache, logits
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
