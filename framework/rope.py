@@ -37,15 +37,21 @@ def angles(
     Raises KvtwinError where `dynamic` meets a position beyond the length that it was made for, and no `length` (or a
     shorter one) was declared: its frequencies depend on the final length, so keys cached before it is known are wrong.
     """
-    if rope.kind == "dynamic" and positions.size:
+    if positions.size:
         _check_reach(rope, int(positions.max()), length)
     inverse, factor = frequencies(rope, length)
     turned = positions[..., None].astype(np.float64) * inverse
     return np.cos(turned) * factor, np.sin(turned) * factor
 
 
+def reach(rope: Rope, length: int | None = None) -> int | None:
+    """The number of positions that have angles; None where there is no end."""
+    return max(rope.original, length or 0) if rope.kind == "dynamic" else None
+
+
 def _check_reach(rope: Rope, last: int, length: int | None) -> None:
-    if last >= max(rope.original, length or 0):
+    most = reach(rope, length)
+    if most is not None and last >= most:
         declared = (
             "no final length is declared" if length is None else f"the declared final length is {length}"
         )

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from framework.errors import KvtwinError
 from framework.family import family
-from framework.rope import angles, frequencies
+from framework.rope import angles, frequencies, reach
 from framework.spec import Rope
 
 TRAINED = 64
@@ -119,6 +119,15 @@ def test_dynamic_beyond_the_length_is_refused(last: int, length: int | None) -> 
     rope = _rope({"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(KvtwinError, match=f"position {last} .*\n.*declare it"):
         angles(rope, np.array([0, last]), length)
+
+
+@pytest.mark.parametrize("length", [None, 5, 3 * TRAINED])
+def test_reach_is_the_number_of_positions_with_angles(length: int | None) -> None:
+    rope = _rope({"rope_type": "dynamic", "factor": 2.0})
+    most = reach(rope, length)
+    assert most == max(TRAINED, length or 0)
+    angles(rope, np.arange(most), length)
+    assert reach(replace(rope, kind="linear"), length) is None
 
 
 def test_no_positions_have_no_angles() -> None:
