@@ -224,7 +224,8 @@ class Model(ABC):
         """Choose a token from the logits and step with it, `steps` times; -1 after a row's stop token.
 
         The stop token itself is part of the result and of the cache. `first` is the number of tokens chosen before,
-        which the noise of sampling depends on. Rows where `active` is False take no part.
+        which the noise of sampling depends on. Rows where `active` is False take no part. A cache that holds back an
+        eviction evicts first.
         """
 
     @abstractmethod

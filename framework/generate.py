@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.policy import Policy
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Chat = Sequence[Mapping[str, str]]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Chat | Sequence[Chat]
 PIECE = 16  # tokens between two updates of the progress bar
 
 
@@ -59,10 +60,11 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths, as one batch.
 
-    `prompts`: texts or token ids. `cache`: goes on with this cache, under its policy, instead of a new one. `stop`:
-    ids that end a row (default: the model's own). `chunk`: prefill that many tokens at a time, compressing at the end
-    of the prompt, or with `evict="chunk"` after each. `length`: the final number of tokens, which dynamic rope scaling
-    needs to know. `progress`: a bar on standard error (default: only on a terminal).
+    `prompts`: texts, token ids, or chats (lists of messages) where the tokenizer has a template. `cache`: goes on with
+    this cache, under its policy, instead of a new one. `stop`: ids that end a row (default: the model's own). `chunk`:
+    prefill that many tokens at a time, compressing at the end of the prompt, or with `evict="chunk"` after each.
+    `length`: the final number of tokens, which dynamic rope scaling needs to know. `progress`: a bar on standard error
+    (default: only on a terminal).
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     rows = read_prompts(model, prompts)
@@ -120,7 +122,7 @@ def stream(
 
 
 def read_prompts(model: Model, prompts: Prompts) -> list[list[int]]:
-    """Token ids of each prompt; empty ones are refused."""
+    """Token ids of each prompt: texts, ids, or chats of `{"role": ..., "content": ...}`; empty ones are refused."""
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
     every: Any = [prompts] if alone else prompts
     rows = [
@@ -133,6 +135,14 @@ def read_prompts(model: Model, prompts: Prompts) -> list[list[int]]:
         if not row:
             raise KvtwinError(f"prompt {index} is empty; expected at least one token")
     return rows
+
+
+def _ids(model: Model, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return model.tokenizer.encode(prompt)
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return model.tokenizer.chat(prompt)
+    return [int(token) for token in prompt]
 
 
 def prefill(

@@ -236,6 +236,11 @@ class ReferenceModel(Model):
                 f"{int((cache.seen + given).max())} tokens exceed the capacity {cache.capacity} of the cache"
             )
         phase = phase or ("decode" if cache.seen.any() else "prefill")
+        for layer in self.spec.layers:
+            if layer.rope is not None:
+                angles(
+                    layer.rope, (cache.seen + given).max(keepdims=True) - 1, cache.length
+                )  # raises out of reach
         result = cache.fork()
         cache.consume()
         result.steps = result.steps + 1 if phase == "decode" else 0
@@ -454,6 +459,8 @@ class ReferenceModel(Model):
         first: int = 0,
         active: Any = None,
     ) -> tuple[np.ndarray, np.ndarray, ReferenceCache]:
+        if cache.pending:
+            _, cache = self.step(np.full((cache.batch, 1), -1), cache, logits=None, phase="prefill")
         batch = cache.batch
         active = np.ones(batch, bool) if active is None else np.array(active)
         rows, out = np.arange(batch), np.full((batch, steps), -1, np.int32)

@@ -357,8 +357,8 @@ def decode(
         raise KvtwinError(f"{len(stop)} stop tokens; expected at most {STOPS}")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     model.check_capacity(cache, steps * going)
-    cache = model.ready(cache, steps)
     tables = model.reach(cache, int(cache.row_seen.max()) + steps)
+    cache = model.ready(cache, steps)
     plan, budgets, held = cache.plan, model.budgets(cache), cache.state
     cache.consume()
     settings = (

@@ -170,8 +170,8 @@ class FlaxModel(Model):
     def _single(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any
     ) -> tuple[Any, FlaxCache]:
-        cache = self.ready(cache, 1)
         tables = self.reach(cache, int(after.max()))
+        cache = self.ready(cache, 1)
         held = cache.state
         cache.consume()
         with precision(self.dtype):
@@ -201,9 +201,7 @@ class FlaxModel(Model):
             self._slots(cache, index, due, held + wide_tokens.shape[1], pending, count)
             for index in range(len(self.spec.layers))
         )
-        tables = self.reach(
-            cache, max([int(after.max())] + [layer.slots + count for layer in cache.state.layers])
-        )
+        tables = self.reach(cache, int(after.max()))
         old = cache.state
         cache.consume()
         named: dict[str, Any] = {}

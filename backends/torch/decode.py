@@ -29,6 +29,8 @@ def decode(
     active: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, TorchCache]:
     """See `framework.backend.Model.decode`."""
+    if cache.pending:
+        _, cache = model.step(np.full((cache.batch, 1), -1), cache, logits=None, phase="prefill")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     out = np.full((cache.batch, steps), -1, np.int32)
     current = to_torch(logits, device=model.device)

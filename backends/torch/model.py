@@ -203,16 +203,11 @@ class TorchModel(Model):
             raise KvtwinError(f"{after.max()} tokens exceed the capacity {cache.capacity} of the cache")
         for layer in spec.layers:
             if layer.rope is not None:
-                reach = (
-                    max(one.fill for one in cache.layers) + host.shape[1]
-                    if policy.repositions
-                    else int(after.max())
-                )
-                self.tables.grow(layer.rope, cache.length, reach)
+                self.tables.grow(layer.rope, cache.length, int(after.max()))
         cache.consume()
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
         real = tokens >= 0
-        before = to_torch(cache.row_seen, device=self.device)
+        before, seen = (to_torch(x, device=self.device) for x in (cache.row_seen, after))
         positions = torch.where(real, before[:, None] + real.cumsum(1).to(torch.int32) - 1, EMPTY).to(
             torch.int32
         )
@@ -228,9 +223,7 @@ class TorchModel(Model):
         tap("embed", x)
         views = []
         for index, block in enumerate(self.decoder.layers):
-            y, view = self._attend(
-                block, index, x, positions, to_torch(after, device=self.device), cache, single, phase, tap
-            )
+            y, view = self._attend(block, index, x, positions, seen, cache, single, phase, tap)
             views.append(view)
             x = x + (block.attention_post_norm(y) if spec.post_norms else y)
             y = block.ffn(block.ffn_norm(x))
