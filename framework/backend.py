@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
-from framework.policy import Phase, Policy, budgets, policies
+from framework.policy import Phase, Policy, budgets, limit, policies
 from framework.snapshot import Snapshot
 from framework.spec import ModelSpec
 from framework.tokenizer import Tokenizer
@@ -58,6 +58,8 @@ class Decision:
 class Cache(ABC):
     """The keys and values of a batch of sequences, under one policy and one codec.
 
+    `budgets`: tokens kept per kv head in each layer, None where no budget holds.
+
     A step consumes its cache: the one that it returns replaces it, and using the old one raises. Rows are sequences;
     a row advances only by the real tokens that it is given.
     """
@@ -65,6 +67,7 @@ class Cache(ABC):
     spec: ModelSpec
     policy: Policy
     codec: Codec
+    budgets: tuple[int | None, ...]
     capacity: int | None
     length: int | None
     consumed: bool = False
@@ -133,6 +136,15 @@ class Cache(ABC):
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to one safetensors file; `Model.restore(path)` of any backend reads it."""
         self.snapshot().save(path)
+
+    def admit(self, given: Int[np.ndarray, "batch"]) -> Int[np.ndarray, "batch"]:
+        """What the rows will have seen with this many more tokens; raises where that exceeds a declared capacity."""
+        after = (self.seen + given).astype(np.int32)
+        pairs = zip(self.budgets, self.spec.layers, strict=True)
+        unbounded = any(limit(budget, layer.window) is None for budget, layer in pairs)
+        if self.capacity is not None and unbounded and after.max() > self.capacity:
+            raise KvtwinError(f"{after.max()} tokens exceed the capacity {self.capacity} of the cache")
+        return after
 
     def check_rows(self, index: Sequence[int]) -> None:
         """Raises unless every entry names a row."""

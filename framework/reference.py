@@ -227,20 +227,11 @@ class ReferenceModel(Model):
         tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
         cache = cache or self.cache(batch=len(tokens))
         given = (tokens >= 0).sum(1)
-        if (
-            cache.capacity is not None
-            and None in cache.budgets
-            and (cache.seen + given).max() > cache.capacity
-        ):
-            raise KvtwinError(
-                f"{int((cache.seen + given).max())} tokens exceed the capacity {cache.capacity} of the cache"
-            )
+        after = cache.admit(given)
         phase = phase or ("decode" if cache.seen.any() else "prefill")
         for layer in self.spec.layers:
             if layer.rope is not None:
-                angles(
-                    layer.rope, (cache.seen + given).max(keepdims=True) - 1, cache.length
-                )  # raises out of reach
+                angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
         result = cache.fork()
         cache.consume()
         result.steps = result.steps + 1 if phase == "decode" else 0

@@ -8,7 +8,7 @@ from framework.errors import KvtwinError
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Rope:
     """Rotary position embedding of one layer (arXiv 2104.09864), NeoX halves: channel i pairs with i + dim / 2.
 

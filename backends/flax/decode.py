@@ -356,7 +356,7 @@ def decode(
     if len(stop) > STOPS:
         raise KvtwinError(f"{len(stop)} stop tokens; expected at most {STOPS}")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
-    model.check_capacity(cache, steps * going)
+    cache.admit(steps * going)
     tables = model.reach(cache, int(cache.row_seen.max()) + steps)
     cache = model.ready(cache, steps)
     plan, budgets, held = cache.plan, model.budgets(cache), cache.state

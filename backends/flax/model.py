@@ -152,20 +152,12 @@ class FlaxModel(Model):
     ) -> tuple[Any, FlaxCache]:
         tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
         cache = cache or self.cache(batch=len(tokens))
-        after = self.check_capacity(cache, (tokens >= 0).sum(1))
+        after = cache.admit((tokens >= 0).sum(1))
         phase = phase or ("decode" if cache.row_seen.any() else "prefill")
         alone = phase == "decode" and tokens.shape[1] == 1 and not cache.pending and evict
         if alone and forced is None and decisions is None and taps is None:
             return self._single(tokens, cache, after, logits)
         return self._chunk(tokens, cache, after, logits, phase, evict, forced, decisions, taps)
-
-    def check_capacity(self, cache: FlaxCache, given: np.ndarray) -> np.ndarray:
-        """What the rows will have seen; raises where that exceeds a declared capacity."""
-        after = (cache.seen + given).astype(np.int32)
-        unbounded = any(cache.limit(index) is None for index in range(len(self.spec.layers)))
-        if cache.capacity is not None and unbounded and after.max() > cache.capacity:
-            raise KvtwinError(f"{after.max()} tokens exceed the capacity {cache.capacity} of the cache")
-        return after
 
     def _single(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any
@@ -249,7 +241,11 @@ class FlaxModel(Model):
         return cache.state.layers[index].slots + count
 
     def ready(self, cache: FlaxCache, tokens: int) -> FlaxCache:
-        """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first."""
+        """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first.
+
+        Each step takes one slot of an unbounded layer, whichever rows are still going: ragged rows may need more slots
+        than a declared capacity has tokens.
+        """
         if cache.pending:
             nothing = np.full((cache.batch, 1), EMPTY, np.int32)
             _, cache = self._chunk(nothing, cache, cache.seen, None, "prefill", True, None, None, None)
@@ -258,7 +254,7 @@ class FlaxModel(Model):
             bounded = cache.limit(index) is not None
             least = cache.slots(index) if bounded else cache.used + tokens
             if layer.slots < least:
-                layer = self._widened(layer, least if bounded else cache.slots(index, least))
+                layer = self._widened(layer, least if bounded else bucket(least))
             layers.append(layer)
         if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
             state = replace(cache.state, layers=layers)

@@ -215,6 +215,7 @@ class TorchCache(Cache):
     spec: ModelSpec
     policy: Policy
     codec: Codec
+    budgets: tuple[int | None, ...]
     layers: list[LayerCache]
     row_seen: np.ndarray
     dropped: torch.Tensor

@@ -131,7 +131,7 @@ class TorchModel(Model):
         ]
         dropped = torch.zeros(batch, dtype=torch.int32, device=self.device)
         seen = np.zeros(batch, np.int32)
-        return TorchCache(self.spec, made, read_codec(codec), layers, seen, dropped, capacity, length)
+        return TorchCache(self.spec, made, read_codec(codec), each, layers, seen, dropped, capacity, length)
 
     def _layer(self, policy: Policy, layer: Layer, budget: int | None, batch: int) -> LayerCache:
         asked = policy.needs.queries
@@ -193,14 +193,7 @@ class TorchModel(Model):
     ) -> tuple[Any, TorchCache]:
         """`step` on tensors; `host` is the same tokens in NumPy."""
         spec, policy = self.spec, cache.policy
-        given = (host >= 0).sum(1).astype(np.int32)
-        after = cache.seen + given
-        if (
-            cache.capacity is not None
-            and after.max() > cache.capacity
-            and any(one.limit is None for one in cache.layers)
-        ):
-            raise KvtwinError(f"{after.max()} tokens exceed the capacity {cache.capacity} of the cache")
+        after = cache.admit((host >= 0).sum(1))
         for layer in spec.layers:
             if layer.rope is not None:
                 self.tables.grow(layer.rope, cache.length, int(after.max()))
