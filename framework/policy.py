@@ -89,7 +89,7 @@ class View:
         if self.softcap is not None:
             logits = xp.tanh(logits / self.softcap) * self.softcap
         mask = attends(self.query_positions[:, None, :, None], self.positions[:, :, None, :], self.window)
-        return softmax(xp, logits, mask[:, :, None])
+        return softmax(xp, logits, mask[:, :, None, ...])
 
 
 @dataclass(frozen=True, kw_only=True)

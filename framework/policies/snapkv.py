@@ -42,7 +42,9 @@ class SnapKV(Policy):
         xp = view.xp
         observed = xp.sum(view.attention(), axis=3) / self.window
         outside = xp.astype(~self.protected(view), observed.dtype)
-        return xp.mean(pool(xp, observed * outside[:, :, None], self.kernel, self.pooling == "max"), axis=2)
+        return xp.mean(
+            pool(xp, observed * outside[:, :, None, :], self.kernel, self.pooling == "max"), axis=2
+        )
 
     def protected(self, view: View) -> Bool[Array, "batch kv_heads slots"]:
         return view.newest(self.window)
