@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/benchmarks
 
 test-slow: .venv/test.stamp
-	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/benchmarks
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/benchmarks
 
 bench: .venv/test.stamp
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only

@@ -148,7 +148,7 @@ def _select(head: Head, index: np.ndarray) -> None:
     head.memory = {key: value[index] for key, value in head.memory.items()}
 
 
-def _stack(grid: list[list[np.ndarray]], empty: float = 0) -> np.ndarray:
+def _stack(grid: list[list[np.ndarray]], empty: float | int | int = 0) -> np.ndarray:
     """Arrays [row][head] of different lengths as one array [row head slots ...], padded with `empty`."""
     wide = max(x.shape[0] for row in grid for x in row)
 
@@ -499,7 +499,7 @@ def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
 def _join(rows: list[Decision]) -> Decision:
     """The decisions of several rows as one batch."""
 
-    def pile(arrays: list[np.ndarray], empty: float) -> np.ndarray:
+    def pile(arrays: list[np.ndarray], empty: float | int | int) -> np.ndarray:
         return _stack([list(array[0]) for array in arrays], empty)
 
     return Decision(

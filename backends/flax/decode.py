@@ -42,6 +42,8 @@ from framework.shapes import EMPTY
 if TYPE_CHECKING:
     from backends.flax.model import Block, Decoder, FlaxModel
 
+Given = jax.Array | np.ndarray  # what comes from the host; under jit it is a jax.Array
+
 STOPS = 8  # stop tokens that a compiled loop has room for
 OUTPUT = 512  # the loop's output grows in these steps
 
@@ -177,9 +179,9 @@ def advance(
     leaves: list[jax.Array],
     tables: Any,
     state: State,
-    tokens: Int[jax.Array, "batch tokens"],
-    budgets: Int[jax.Array, "layers"],
-    forced: list[jax.Array] | None,
+    tokens: Int[Given, "batch tokens"],
+    budgets: Int[Given, "layers"],
+    forced: list[np.ndarray] | None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list]:
     """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
@@ -223,8 +225,8 @@ def advance(
 
 
 def _one(
-    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[jax.Array, "batch"],
-    budgets: Int[jax.Array, "layers"], steps: Int[jax.Array, ""],
+    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[Given, "batch"],
+    budgets: Int[Given, "layers"], steps: Int[Given, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
     """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
     real = tokens >= 0
@@ -255,7 +257,7 @@ def _one(
     return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad)
 
 
-def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, steps: jax.Array) -> tuple:
+def _sometimes(plan: Plan, held: LayerState, view: View, active: Given, steps: Given) -> tuple:
     """Compaction at every `interval`-th step."""
 
     def compact(held: LayerState) -> tuple:
@@ -283,9 +285,9 @@ def single(
     leaves: list[jax.Array],
     tables: Any,
     state: State,
-    tokens: Int[jax.Array, "batch"],
-    budgets: Int[jax.Array, "layers"],
-    steps: Int[jax.Array, ""],
+    tokens: Int[Given, "batch"],
+    budgets: Int[Given, "layers"],
+    steps: Int[Given, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:
     """One decode step with given tokens; `steps` counts from 1 since the last prefill."""
     return _one(bones.decoder(leaves), plan, tables, state, tokens, budgets, steps)
@@ -322,7 +324,9 @@ def loop(
 
         def sampled(x: jax.Array) -> jax.Array:
             noise = gumbel(jnp, seed, first + done, rows, x.shape[-1])
-            return choose(jnp, x, noise, temperature, top_k, top_p, min_p)
+            return choose(
+                jnp, x, noise, temperature, top_k, top_p, min_p, repeat=partial(jax.lax.fori_loop, 0)
+            )
 
         def greedy(x: jax.Array) -> jax.Array:
             return jnp.argmax(x, axis=-1).astype(jnp.int32)

@@ -265,7 +265,7 @@ class FlaxModel(Model):
     def _widened(self, layer: Any, slots: int) -> Any:
         more = slots - layer.slots
 
-        def pad(x: jax.Array, empty: float = 0) -> jax.Array:
+        def pad(x: jax.Array, empty: float | int | int = 0) -> jax.Array:
             return jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3), constant_values=empty)
 
         with precision(self.dtype):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from backends.flax.convert import to_jax, wide, widened
-from framework.rope import angles
+from framework.rope import angles, reach
 from framework.spec import ModelSpec, Rope
 
 Table = tuple[jax.Array, jax.Array]
@@ -36,8 +36,9 @@ class Tables:
             size = 1024
             while size < positions:
                 size *= 2
-            if rope.kind == "dynamic" and length is None:
-                size = max(positions, min(size, rope.original))  # beyond it the angles need a declared length
+            most = reach(rope, length)
+            if most is not None:
+                size = max(positions, min(size, most))
             held = tuple(to_jax(x, wide(self.dtype)) for x in angles(rope, np.arange(size), length))
             self.tables[rope, length] = held
         return held

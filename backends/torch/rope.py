@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 
 from backends.torch.convert import to_torch, widened
-from framework.rope import angles
+from framework.rope import angles, reach
 from framework.spec import Rope
 
 
@@ -27,8 +27,9 @@ class Tables:
         size = 1024
         while size < positions:
             size *= 2
-        if rope.kind == "dynamic" and length is None:
-            size = max(positions, min(size, rope.original))  # beyond it the angles need a declared length
+        most = reach(rope, length)
+        if most is not None:
+            size = max(positions, min(size, most))
         cos, sin = angles(rope, np.arange(size), length)
         wide = torch.promote_types(self.dtype, torch.float32)
         self.tables[rope, length] = to_torch(cos, wide, self.device), to_torch(sin, wide, self.device)
