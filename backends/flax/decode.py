@@ -42,7 +42,7 @@ from framework.shapes import EMPTY
 if TYPE_CHECKING:
     from backends.flax.model import Block, Decoder, FlaxModel
 
-Given = jax.Array | np.ndarray  # what comes from the host; under jit it is a jax.Array
+Given = jax.Array | np.ndarray  # what comes from the host is a jax.Array under jit only
 
 STOPS = 8  # stop tokens that a compiled loop has room for
 OUTPUT = 512  # the loop's output grows in these steps
@@ -181,7 +181,7 @@ def advance(
     state: State,
     tokens: Int[Given, "batch tokens"],
     budgets: Int[Given, "layers"],
-    forced: list[np.ndarray] | None,
+    forced: list[Given] | None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list]:
     """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
@@ -189,6 +189,7 @@ def advance(
     `whole`: rows without a token in this call are evicted too.
     """
     decoder = bones.decoder(leaves)
+    tokens, budgets = jnp.asarray(tokens), jnp.asarray(budgets)
     real = tokens >= 0
     positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
     seen = state.seen + jnp.sum(real, axis=1, dtype=jnp.int32)
@@ -205,7 +206,7 @@ def advance(
         )
         x = _rest(block, plan, index, x, y, tap)
         if due and plan.bounded[index]:
-            choice = None if forced is None else forced[len(taken)]
+            choice = None if forced is None else jnp.asarray(forced[len(taken)])
             held, lost, wrong, decision = compacted(held, view, plan.policy, active, slots[index], choice)
             dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
             taken.append((index, decision))
@@ -229,6 +230,7 @@ def _one(
     budgets: Int[Given, "layers"], steps: Int[Given, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
     """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
+    tokens, budgets, steps = jnp.asarray(tokens), jnp.asarray(budgets), jnp.asarray(steps)
     real = tokens >= 0
     position = jnp.where(real, state.seen, EMPTY)[:, None]
     seen = state.seen + real.astype(jnp.int32)
@@ -257,7 +259,7 @@ def _one(
     return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad)
 
 
-def _sometimes(plan: Plan, held: LayerState, view: View, active: Given, steps: Given) -> tuple:
+def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, steps: jax.Array) -> tuple:
     """Compaction at every `interval`-th step."""
 
     def compact(held: LayerState) -> tuple:
@@ -324,9 +326,7 @@ def loop(
 
         def sampled(x: jax.Array) -> jax.Array:
             noise = gumbel(jnp, seed, first + done, rows, x.shape[-1])
-            return choose(
-                jnp, x, noise, temperature, top_k, top_p, min_p, repeat=partial(jax.lax.fori_loop, 0)
-            )
+            return choose(jnp, x, noise, temperature, top_k, top_p, min_p)
 
         def greedy(x: jax.Array) -> jax.Array:
             return jnp.argmax(x, axis=-1).astype(jnp.int32)
