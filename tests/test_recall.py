@@ -69,7 +69,8 @@ def test_kept_sets_are_the_best_by_the_closed_form(policy: str, length: int) -> 
         scores = expected_scores(policy, asked, layer)
         for head in range(KV_HEADS):
             kept = np.isin(positions, held.kept[layer][0, head])
-            assert kept.sum() == 24 and kept[safe].all()
+            assert kept.sum() == 24
+            assert kept[safe].all()
             worst, best = scores[head][kept & ~safe].min(), scores[head][~kept].max()
             assert best - worst <= TOLERANCE * np.abs(scores).max()
 
