@@ -63,7 +63,7 @@ def _results(policy: Policy, tier: Tier) -> Iterator[Result]:
 
 def found(text: str) -> list[Policy]:
     """The policy that is spelled, or the examples of a bare class. Raises KvtwinError."""
-    if text.rstrip().endswith(")"):
+    if "(" in text and not text.endswith(".py"):
         policy = policies.make(text)
         if policy.budget is not None:
             layers = len(policy.budget) if isinstance(policy.budget, tuple) else 1

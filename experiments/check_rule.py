@@ -154,7 +154,7 @@ class Case:
         """What the policy sees after the tokens from `before` to `seen`, which attended to these positions."""
         needs, filled = policy.needs, positions >= 0
         wanted = {"keys": needs.keys or needs.queries > 0, "values": needs.values}
-        streams = {
+        streams: dict[str, Any] = {
             key: np.where(filled[..., None], _at(self.arrays[key], positions), 0.0) if asked else None
             for key, asked in wanted.items()
         }
@@ -648,9 +648,8 @@ def check_own_budget(policy: Policy, case: Case) -> Failure | None:
         for _ in case.trajectory(spy, budget, window):
             if reads:
                 break
-    except Exception as error:
-        if not reads:
-            return broken(policy, error, "NumPy")
+    except Exception:
+        pass  # without a read of the budget it is the next check's to say
     if not reads:
         return None
     file, line = reads[0]
@@ -847,11 +846,11 @@ class Check:
 
 CHECKS = (
     Check("frozen, hashable, spelled", check_instance, gate=True),
+    Check("budgets accepted and refused", check_budgets, gate=True),
     Check("no self.budget", check_own_budget, gate=True),
     Check("shapes and finite scores", check_runs, gate=True),
     Check("portable array code", check_portable, gate=True),
     Check("protected as promised", check_protected),
-    Check("budgets met and refused", check_budgets),
     Check("kept set by the rule", check_survivors),
     Check("no state between sequences", check_repeats),
     Check("slot order", check_slot_order),
@@ -868,7 +867,10 @@ CHECKS = (
 
 def case_for(policy: Policy) -> Case:
     """A case whose prompt is longer than what the policy protects."""
-    return Case(tokens=max(12, least_budget(policy) + 6))
+    try:
+        return Case(tokens=max(12, least_budget(policy) + 6))
+    except Exception:
+        return Case(tokens=12)  # why no budget is enough is for `check_budgets` to say
 
 
 def smaller(case: Case, policy: Policy) -> list[Case]:

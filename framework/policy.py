@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from framework.arrays import FAR, Array, Namespace, device, softmax
@@ -221,15 +222,14 @@ def noted(policy: Policy, view: View) -> View:
     if not policy.memory:
         return view
     memory = _call(policy, view, policy.note)
-    wrong = {
-        key: getattr(value, "shape", None)
-        for key, value in memory.items()
-        if value.shape != view.positions.shape
-    }
-    if set(memory) != set(policy.memory) or wrong:
+    shapes = (
+        {key: _shape(view, value) for key, value in memory.items()} if isinstance(memory, Mapping) else {}
+    )
+    expected = dict.fromkeys(policy.memory, tuple(view.positions.shape))
+    if shapes != expected:
         raise KvtwinError(
-            f"policy {name(policy)}: note returned the memory {sorted(memory)} with wrong shapes {wrong}; "
-            f"expected {sorted(policy.memory)}, each {tuple(view.positions.shape)}"
+            f"policy {name(policy)}: note returned {shapes or type(memory).__name__}; "
+            f"expected {expected}: one number per (batch, kv_heads, slots)"
         )
     return replace(view, memory=memory)
 
@@ -239,13 +239,25 @@ def judge(policy: Policy, view: View) -> tuple[Array, Array | None]:
     scores = _call(policy, view, policy.score)
     protected = _call(policy, view, policy.protected)
     for what, value in (("score", scores), ("protected", protected)):
-        shape = getattr(value, "shape", type(value).__name__)
-        if shape != view.positions.shape and not (what == "protected" and value is None):
+        shape = _shape(view, value)
+        if shape != tuple(view.positions.shape) and not (what == "protected" and value is None):
             raise KvtwinError(
-                f"policy {name(policy)}: {what} returned shape {shape if isinstance(shape, str) else tuple(shape)}; "
-                f"expected {tuple(view.positions.shape)}: one value per (batch, kv_heads, slots)"
+                f"policy {name(policy)}: {what} returned {'shape ' * isinstance(shape, tuple)}{shape}; "
+                f"expected {tuple(view.positions.shape)}: one value per (batch, kv_heads, slots), made with view.xp"
             )
+    if protected is not None and protected.dtype != view.xp.bool:
+        raise KvtwinError(
+            f"policy {name(policy)}: protected returned {protected.dtype}; expected True or False per slot"
+        )
     return scores, protected
+
+
+def _shape(view: View, value: Any) -> tuple[int, ...] | str:
+    """The shape of an array of the view's library; the type of anything else."""
+    foreign = isinstance(value, np.ndarray) and not isinstance(view.positions, np.ndarray)
+    if foreign or not hasattr(value, "shape"):
+        return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    return tuple(value.shape)
 
 
 def _call(policy: Policy, view: View, hook: Callable[[View], Any]) -> Any:
