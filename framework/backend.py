@@ -70,6 +70,9 @@ class Cache(ABC):
     budgets: tuple[int | None, ...]
     capacity: int | None
     length: int | None
+    steps: int
+    singles: int
+    pending: bool
     consumed: bool = False
 
     def __repr__(self) -> str:
@@ -146,6 +149,24 @@ class Cache(ABC):
             raise KvtwinError(f"{after.max()} tokens exceed the capacity {self.capacity} of the cache")
         return after
 
+    def counted(self, phase: Phase, single: bool, calls: int = 1) -> tuple[int, int]:
+        """`steps` and `singles` after more calls; `single`: each gave every row exactly one token.
+
+        `steps` are the decode calls since the last prefill, and matter only under an interval, so that elsewhere they
+        stay 0. `singles` are the last of them whose number is known from the tokens alone.
+        """
+        if phase == "prefill" or self.policy.interval == 1:
+            return 0, 0
+        return self.steps + calls, self.singles + calls if single and not self.pending else 0
+
+    def check_fork(self, rows: int) -> None:
+        """Raises unless the cache can be copied into this many rows."""
+        self.alive()
+        if rows < 1:
+            raise KvtwinError(f"fork(rows={rows}); expected at least 1")
+        if rows != 1 and self.batch != 1:
+            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+
     def check_rows(self, index: Sequence[int]) -> None:
         """Raises unless every entry names a row."""
         self.alive()
@@ -172,6 +193,11 @@ class Cache(ABC):
             raise KvtwinError(
                 f"cannot roll back under {policies.spelling(self.policy)}: its {what} cannot be undone; "
                 "fork() before the part that may be taken back"
+            )
+        if self.policy.interval > 1 and count > self.singles:
+            raise KvtwinError(
+                f"cannot roll back {count} tokens under {policies.spelling(self.policy)}: only the last {self.singles} "
+                "came one a step, and for others its next eviction cannot be placed; fork() before them"
             )
 
 
@@ -302,6 +328,13 @@ def read_codec(codec: str | Codec) -> Codec:
     return codecs.make(codec) if isinstance(codec, str) else codec
 
 
+def check_sizes(batch: int, capacity: int | None, length: int | None) -> None:
+    """Raises unless a cache can have these sizes."""
+    for what, value in (("batch", batch), ("capacity", capacity), ("length", length)):
+        if value is not None and value < 1:
+            raise KvtwinError(f"{what} is {value}; expected at least 1")
+
+
 def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarray, "batch tokens"]:
     """Token ids as int32 [batch, tokens]; shorter rows of a ragged list are padded with -1 on the right."""
     if not isinstance(tokens, np.ndarray):
@@ -309,13 +342,14 @@ def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarr
         if not rows or any(row.ndim != 1 for row in rows):
             raise KvtwinError("tokens came as no list of rows; expected [batch, tokens]")
         wide = max(len(row) for row in rows)
-        filled = [np.concatenate([row, np.full(wide - len(row), -1)]) for row in rows]
+        filled = [np.pad(row, (0, wide - len(row)), constant_values=-1) for row in rows]
         tokens = np.stack(filled) if wide else np.zeros((len(rows), 0), np.int32)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise KvtwinError(
             f"tokens have shape {tokens.shape}; expected [batch, tokens] with at least one token"
         )
-    if tokens.dtype.kind not in "iu" and not (tokens == tokens.astype(np.int64)).all():
+    whole = tokens.dtype.kind in "iu" or (tokens.dtype.kind == "f" and bool((tokens % 1 == 0).all()))
+    if not whole:
         raise KvtwinError(f"tokens have dtype {tokens.dtype}; expected integers")
     if batch is not None and tokens.shape[0] != batch:
         raise KvtwinError(f"tokens have {tokens.shape[0]} rows; expected {batch}, the batch of the cache")

@@ -14,7 +14,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from framework.backend import Backend as Contract
-from framework.backend import Bytes, Cache, Decision, Model, read_codec, read_policy, read_tokens
+from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy, read_tokens
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.policy import UNLIMITED, Policy, View, alive, judge, name, noted
@@ -59,6 +59,7 @@ class ReferenceCache(Cache):
     length: int | None = None
     steps: int = 0
     pending: bool = False
+    singles: int = 0
     consumed: bool = False
 
     @property
@@ -72,13 +73,14 @@ class ReferenceCache(Cache):
 
     @property
     def bytes(self) -> Bytes:
+        self.alive()
         heads = [head for row in self.content for layer in row.heads for head in layer]
         return Bytes(
             payload=sum(x.nbytes for head in heads for x in head.streams.values()),
             scales=0,
             positions=sum(head.positions.nbytes for head in heads),
             memory=sum(x.nbytes for head in heads for x in head.memory.values()),
-            queries=sum(x.nbytes for row in self.content for x in row.queries),
+            queries=sum(x.nbytes for row in self.content for x in [*row.queries, *row.query_positions]),
             padding=0,
         )
 
@@ -119,9 +121,7 @@ class ReferenceCache(Cache):
         )
 
     def fork(self, rows: int = 1) -> "ReferenceCache":
-        self.alive()
-        if rows != 1 and self.batch != 1:
-            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        self.check_fork(rows)
         return replace(self, content=[copy.deepcopy(row) for row in self.content for _ in range(rows)])
 
     def rows(self, index: Sequence[int]) -> "ReferenceCache":
@@ -138,7 +138,7 @@ class ReferenceCache(Cache):
             for heads in row.heads:
                 for head in heads:
                     _select(head, np.flatnonzero(head.positions < row.seen))
-        result.steps = max(0, self.steps - count)
+        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
         return result
 
 
@@ -192,6 +192,7 @@ class ReferenceModel(Model):
         capacity: int | None = None,
         length: int | None = None,
     ) -> ReferenceCache:
+        check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec)
         content = [self._row(made) for _ in range(batch)]
         return ReferenceCache(self.spec, made, read_codec(codec), each, content, capacity, length)
@@ -234,7 +235,8 @@ class ReferenceModel(Model):
                 angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
         result = cache.fork()
         cache.consume()
-        result.steps = result.steps + 1 if phase == "decode" else 0
+        single = tokens.shape[1] == 1 and bool((tokens >= 0).all())
+        result.steps, result.singles = result.counted(phase, single)
         whole = phase == "prefill" or result.pending  # also rows that got no token in this call are evicted
         due = evict and (whole or result.steps % result.policy.interval == 0)
         result.pending = not due and (result.pending or phase == "prefill")

@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from framework.errors import KvtwinError
+from framework.policy import Policy, policies
 from framework.shapes import EMPTY
 from framework.spec import ModelSpec
 
 FORMAT = "kvtwin-cache-1"
+FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Snapshot:
     """A whole cache.
 
     `seen`: tokens of each row so far. `dropped`: what `seen` was when a token of the row was last evicted (0: never).
-    `steps`: decode steps since the last prefill. `pending`: the last call appended without evicting. `length`: the
-    declared final length, or None.
+    `steps`: decode steps since the last prefill; 0 where the policy has no interval. `pending`: the last call appended
+    without evicting. `length`: the declared final length, or None.
     """
 
     spec: ModelSpec
@@ -68,11 +70,7 @@ class Snapshot:
             if layer.queries is not None and layer.query_positions is not None:
                 arrays[f"{index}.queries"] = layer.queries
                 arrays[f"{index}.query_positions"] = layer.query_positions
-        facts = {
-            key: getattr(self, key)
-            for key in ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
-        }
-        facts |= {"format": FORMAT, "spec": asdict(self.spec)}
+        facts = {key: getattr(self, key) for key in FACTS} | {"format": FORMAT, "spec": asdict(self.spec)}
         target = Path(path)
         if not target.parent.is_dir():
             raise KvtwinError(f"cannot save the cache to {target}: the folder {target.parent} does not exist")
@@ -81,7 +79,7 @@ class Snapshot:
             contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
             save_file(contiguous, temporary, metadata={"kvtwin": json.dumps(facts)})
             os.replace(temporary, target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise KvtwinError(f"cannot save the cache to {target}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -97,19 +95,48 @@ class Snapshot:
                 arrays = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise KvtwinError(f"{path} is not a readable cache file: {error}") from error
-        if facts.pop("format", None) != FORMAT:
+        if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise KvtwinError(f"{path} is not a kvtwin cache of format {FORMAT}")
-        came, expected = facts.pop("spec"), json.loads(json.dumps(asdict(spec)))
+        came, expected = facts.pop("spec", {}), json.loads(json.dumps(asdict(spec)))
         if came != expected:
             differing = sorted(key for key in expected if came.get(key) != expected[key])
             raise KvtwinError(
                 f"{path} is a cache of another model: {', '.join(differing)} differ from this model's spec"
             )
-        try:
-            layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
-            return cls(spec=spec, layers=layers, seen=arrays["seen"], dropped=arrays["dropped"], **facts)
-        except KeyError as error:
-            raise KvtwinError(f"{path} lacks the array {error}; the file is damaged") from error
+        if set(facts) != set(FACTS):
+            raise KvtwinError(f"{path} has the facts {sorted(facts)}; expected {sorted(FACTS)}")
+        _check(path, arrays, spec, policies.make(facts["policy"]))
+        layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
+        return cls(spec=spec, layers=layers, seen=arrays["seen"], dropped=arrays["dropped"], **facts)
+
+
+def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy) -> None:
+    """Raises unless the arrays are those of a cache of this spec and policy."""
+    batch, asked = arrays["seen"].size if "seen" in arrays else 0, policy.needs.queries
+    expected: dict[str, tuple[int, ...]] = {"seen": (batch,), "dropped": (batch,)}
+    for index, layer in enumerate(spec.layers):
+        slots = arrays.get(f"{index}.positions", np.zeros(0)).shape[-1]
+        expected[f"{index}.positions"] = (batch, layer.kv_heads, slots)
+        for key, stream in layer.streams.items():
+            expected[f"{index}.stream.{key}"] = (batch, stream.heads, slots, stream.width)
+        expected |= {f"{index}.memory.{key}": (batch, layer.kv_heads, slots) for key in policy.memory}
+        if asked:
+            expected[f"{index}.queries"] = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
+            expected[f"{index}.query_positions"] = (batch, asked)
+    for key in [*expected, *arrays]:
+        if key not in arrays:
+            raise KvtwinError(f"{path} lacks the array {key!r}; the file is damaged")
+        if key not in expected:
+            raise KvtwinError(
+                f"{path} has an array {key!r} that its policy does not explain; the file is damaged"
+            )
+        came, whole = arrays[key], key in ("seen", "dropped") or key.endswith("positions")
+        if came.shape != expected[key]:
+            raise KvtwinError(
+                f"{path}: {key} has shape {came.shape}; expected {expected[key]}; the file is damaged"
+            )
+        if whole != (came.dtype == np.int32):
+            raise KvtwinError(f"{path}: {key} has dtype {came.dtype}; the file is damaged")
 
 
 def _layer(arrays: dict[str, np.ndarray], index: int) -> LayerSnapshot:

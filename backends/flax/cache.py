@@ -13,7 +13,6 @@ from backends.flax.convert import precision, to_jax, to_numpy, wide, widened
 from framework.arrays import by_position, keep, take_slots
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
-from framework.errors import KvtwinError
 from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot, canonical
@@ -269,6 +268,7 @@ class FlaxCache(Cache):
     length: int | None = None
     steps: int = 0
     pending: bool = False
+    singles: int = 0
     used: int = 0
     room: int = 0
     consumed: bool = False
@@ -358,9 +358,7 @@ class FlaxCache(Cache):
         )
 
     def fork(self, rows: int = 1) -> "FlaxCache":
-        self.alive()
-        if rows != 1 and self.batch != 1:
-            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        self.check_fork(rows)
         return self._gather(list(range(self.batch)) * rows)
 
     def rows(self, index: Sequence[int]) -> "FlaxCache":
@@ -381,7 +379,7 @@ class FlaxCache(Cache):
         result = self.fork()
         self.consume()
         result.row_seen = self.row_seen - count
-        result.steps = max(0, self.steps - count)
+        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
         result.used = int(result.row_seen.max())
         with precision(self.dtype):
             seen = to_jax(result.row_seen)

@@ -379,11 +379,13 @@ def decode(
         )  # fmt: skip
         tokens = to_numpy(out)[:, :steps]
     count = int(done)
+    all_steps, singles = cache.counted("decode", bool((tokens[:, :count] >= 0).all()), count)
     result = replace(
         cache,
         state=state,
         row_seen=cache.row_seen + (tokens >= 0).sum(1).astype(np.int32),
-        steps=cache.steps + count,
+        steps=all_steps,
+        singles=singles,
         used=cache.used + count,
         consumed=False,
     )

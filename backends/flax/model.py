@@ -15,7 +15,7 @@ from backends.flax.cache import FlaxCache, State, empty_layer
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.rope import Tables
-from framework.backend import Decision, Model, read_codec, read_policy, read_tokens
+from framework.backend import Decision, Model, check_sizes, read_codec, read_policy, read_tokens
 from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.policy import UNLIMITED, Policy, name
@@ -127,6 +127,7 @@ class FlaxModel(Model):
         capacity: int | None = None,
         length: int | None = None,
     ) -> FlaxCache:
+        check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec)
         with precision(self.dtype):
             state = State(
@@ -169,10 +170,17 @@ class FlaxModel(Model):
         with precision(self.dtype):
             out, state = single(
                 self.skeleton, cache.plan, self.leaves, tables, held, tokens[:, 0], self.budgets(cache),
-                np.int32(cache.steps + 1),
+                np.array(cache.steps + 1, np.int32),
             )  # fmt: skip
+        steps, singles = cache.counted("decode", bool((tokens >= 0).all()))
         result = replace(
-            cache, state=state, row_seen=after, steps=cache.steps + 1, used=cache.used + 1, consumed=False
+            cache,
+            state=state,
+            row_seen=after,
+            steps=steps,
+            singles=singles,
+            used=cache.used + 1,
+            consumed=False,
         )
         self.check_scores(result)
         return (None if logits is None else to_numpy(out)[:, None]), result
@@ -184,7 +192,7 @@ class FlaxModel(Model):
         count = tokens.shape[1]
         wide_tokens = np.full((len(tokens), bucket(count, 16)), EMPTY, np.int32)
         wide_tokens[:, :count] = tokens
-        steps = cache.steps + 1 if phase == "decode" else 0
+        steps, singles = cache.counted(phase, count == 1 and bool((tokens >= 0).all()))
         whole = phase == "prefill" or cache.pending
         due = evict and (whole or steps % cache.policy.interval == 0)
         pending = not due and (cache.pending or phase == "prefill")
@@ -212,6 +220,7 @@ class FlaxModel(Model):
             state=state,
             row_seen=after,
             steps=steps,
+            singles=singles,
             pending=pending,
             used=int(after.max()),
             consumed=False,

@@ -13,7 +13,6 @@ from backends.torch.convert import to_numpy, widened
 from framework.arrays import by_position, keep, take_slots
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
-from framework.errors import KvtwinError
 from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot, canonical
@@ -223,6 +222,7 @@ class TorchCache(Cache):
     length: int | None = None
     steps: int = 0
     pending: bool = False
+    singles: int = 0
     consumed: bool = False
 
     @property
@@ -286,9 +286,7 @@ class TorchCache(Cache):
         )
 
     def fork(self, rows: int = 1) -> "TorchCache":
-        self.alive()
-        if rows != 1 and self.batch != 1:
-            raise KvtwinError(f"fork(rows={rows}) of a cache with batch {self.batch}; expected a batch of 1")
+        self.check_fork(rows)
         return self._gather(list(range(self.batch)) * rows)
 
     def rows(self, index: Sequence[int]) -> "TorchCache":
@@ -318,7 +316,7 @@ class TorchCache(Cache):
         result = self.fork()
         self.consume()
         result.row_seen = self.row_seen - count
-        result.steps = max(0, self.steps - count)
+        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
         seen = torch.as_tensor(result.row_seen, device=self.dropped.device)
         for layer in result.layers:
             gone = layer.positions >= seen[:, None, None]

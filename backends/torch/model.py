@@ -15,7 +15,7 @@ from backends.torch.cache import LayerCache, TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.rope import Tables
-from framework.backend import Decision, Model, read_codec, read_policy, read_tokens
+from framework.backend import Decision, Model, check_sizes, read_codec, read_policy, read_tokens
 from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.policy import UNLIMITED, Phase, Policy, View, name, noted
@@ -124,6 +124,7 @@ class TorchModel(Model):
         capacity: int | None = None,
         length: int | None = None,
     ) -> TorchCache:
+        check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec)
         layers = [
             self._layer(made, layer, budget, batch)
@@ -205,7 +206,7 @@ class TorchModel(Model):
             torch.int32
         )
         cache.row_seen = after
-        cache.steps = cache.steps + 1 if phase == "decode" else 0
+        cache.steps, cache.singles = cache.counted(phase, host.shape[1] == 1 and bool((host >= 0).all()))
         whole = phase == "prefill" or cache.pending
         due = evict and (whole or cache.steps % policy.interval == 0)
         single = phase == "decode" and not cache.pending and tokens.shape[1] == 1 and evict
