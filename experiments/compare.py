@@ -64,15 +64,23 @@ class Trace:
 
 
 def run(
-    model: Model, prompt: np.ndarray, policy: str | Policy, steps: int, along: Trace | None = None
+    model: Model,
+    prompt: np.ndarray,
+    policy: str | Policy,
+    steps: int,
+    along: Trace | None = None,
+    watch: bool = True,
 ) -> Trace:
-    """Read the prompt and go on `steps` tokens: greedily, or with the tokens and the kept sets of another run."""
+    """Read the prompt and go on `steps` tokens: greedily, or with the tokens and the kept sets of another run.
+
+    `watch=False` leaves the taps out.
+    """
     fed = np.full((len(prompt), steps), -1, np.int32) if along is None else along.fed
     trace = Trace(prompt, fed)
     cache = model.cache(policy, batch=len(prompt), length=prompt.shape[1] + steps)
     tokens = prompt
     for call in range(steps + 1):
-        watched = call in (0, steps)
+        watched = watch and call in (0, steps)
         taps: dict[str, np.ndarray] | None = {} if watched else None
         decisions: list[Decision] = []
         forced = None
@@ -87,7 +95,7 @@ def run(
             trace.taps["prompt" if call == 0 else f"step {call}"] = _of_tokens(taps, tokens)
         if call == 0:
             trace.prompt_logits = logits
-        last = (tokens >= 0).sum(1) - 1
+        last = np.where(tokens >= 0, np.arange(tokens.shape[1]), 0).max(1)
         trace.logits.append(logits[np.arange(len(tokens)), last])
         trace.decisions.append(decisions)
         if call < steps:
@@ -139,7 +147,7 @@ def examine(name: str, model: Model, expected: Trace, policy: str | Policy, dtyp
     kept = None
     if any(expected.decisions):
         kept = kept_agreement(found.decisions, expected.decisions, tolerance or 0.0)
-    free, free_logits, free_kept = _free(model, expected.prompt, policy, steps)
+    free, free_logits, free_kept = free_run(model, expected.prompt, policy, steps)
     chosen_from = np.stack(expected.logits[:-1], axis=1)
     tokens = token_agreement(free, expected.fed, chosen_from)
     far = max(drift(ours, theirs) for ours, theirs in zip(found.logits, expected.logits, strict=True))
@@ -150,7 +158,7 @@ def examine(name: str, model: Model, expected: Trace, policy: str | Policy, dtyp
         far,
         kept,
         tokens,
-        _same_sets(free_kept, expected.kept) if kept is not None else None,
+        same_sets(free_kept, expected.kept) if kept is not None else None,
         distributions(np.stack(found.logits), np.stack(expected.logits)),
         [],
     )
@@ -158,7 +166,7 @@ def examine(name: str, model: Model, expected: Trace, policy: str | Policy, dtyp
     return replace(verdict, failures=_failures(verdict, dtype, last))
 
 
-def _free(
+def free_run(
     model: Model, prompt: np.ndarray, policy: str | Policy, steps: int
 ) -> tuple[np.ndarray, np.ndarray, list]:
     """Tokens, last logits and kept positions of the backend's own greedy loop."""
@@ -169,7 +177,8 @@ def _free(
     return tokens, last, cache.kept
 
 
-def _same_sets(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[int, int]:
+def same_sets(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Of the heads of all layers and rows: how many hold the same tokens, and how many there are."""
     same = [
         set(ours[where].tolist()) - {-1} == set(theirs[where].tolist()) - {-1}
         for ours, theirs in zip(found, expected, strict=True)
@@ -198,6 +207,8 @@ def _failures(verdict: Verdict, dtype: str, last: float) -> list[str]:
         if verdict.kept.mismatches:
             wrong = verdict.kept.mismatches
             failures.append(f"{len(wrong)} kept sets differ, first at {wrong[0]}")
+        if not verdict.kept.score_drift <= tolerance:
+            failures.append(f"scores drift by {verdict.kept.score_drift:.1e}")
     tokens = verdict.tokens
     if not tokens.within(tolerance):
         failures.append(

@@ -236,7 +236,7 @@ class FlaxModel(Model):
                     else array
                 )
         if decisions is not None:
-            decisions.extend(Decision(index, *(to_numpy(x) for x in one)) for index, one in taken)
+            decisions.extend(Decision(int(index), *(to_numpy(x) for x in one)) for index, one in taken)
         if logits is None:
             return None, result
         return to_numpy(out)[:, : count if logits == "all" else 1], result
