@@ -242,7 +242,7 @@ def check_compiles(policy: Policy) -> Failure | None:
     seen: list[float] = []
 
     def listen(event: str, seconds: float, **rest: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event.startswith("/jax/core/compile/"):  # tracing anew, though to the same program, is as slow
             seen.append(seconds)
 
     groups: dict[int, list[Policy]] = {}
@@ -260,7 +260,8 @@ def check_compiles(policy: Policy) -> Failure | None:
     if seen:
         asked = [one.budget for one in same]
         return Failure(
-            f"{len(seen)} compilations at budgets {asked} of one bucket; expected 0", {"library": "flax"}
+            f"{len(seen)} tracings and compilations at budgets {asked} of one bucket; expected 0",
+            {"library": "flax"},
         )
     return None
 

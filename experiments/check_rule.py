@@ -306,7 +306,8 @@ def ranking(outcome: Outcome, row: int, head: int) -> list[int]:
     slots = np.flatnonzero(outcome.living[row, head])
 
     def key(slot: int) -> tuple:
-        return tuple(x[row, head, slot] for x in (outcome.protected, outcome.scores, outcome.positions))
+        marked, position = outcome.protected[row, head, slot], outcome.positions[row, head, slot]
+        return marked, 0.0 if marked else outcome.scores[row, head, slot], position
 
     return sorted(slots.tolist(), key=key, reverse=True)
 

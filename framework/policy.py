@@ -185,7 +185,8 @@ def survivors(
 ) -> Int[Array, "batch kv_heads capacity"]:
     """Index of the slots that stay, in position order, -1 beyond their count. Slots must come in position order.
 
-    Dead slots never stay. Of the living, the protected win, then the higher score, then the newer token.
+    Dead slots never stay. Of the living, the protected win, then the higher score, then the newer token. Among the
+    protected, who fit into any budget that is not refused, only age counts.
     """
     slots = scores.shape[-1]
     rank = _rank(xp, scores, protected, living)
@@ -195,7 +196,7 @@ def survivors(
     stays = living & (place < budget[..., None])
     here = xp.arange(slots, dtype=xp.int32, device=device(scores))
     index = xp.sort(xp.where(stays, here, slots), axis=-1)
-    index = xp.where(index == slots, -1, index)[..., :capacity]
+    index = xp.where(index == slots, -1, index)[..., : min(capacity, slots)]
     if capacity > slots:
         tail = xp.full((*index.shape[:-1], capacity - slots), -1, dtype=index.dtype, device=device(scores))
         index = xp.concat([index, tail], axis=-1)

@@ -427,7 +427,8 @@ class ReferenceModel(Model):
             kept = []
             for number, head in enumerate(row.heads[index]):
                 slots = [slot for slot in range(len(head.positions)) if living[0, number, slot]]
-                slots.sort(key=lambda s: (protected[0, number, s], scores[0, number, s], s), reverse=True)
+                ranks = np.where(protected[0, number], 0, scores[0, number])
+                slots.sort(key=lambda s: (protected[0, number, s], ranks[s], s), reverse=True)
                 slots = sorted(slots[: len(slots) if budget is None else budget])
                 if not active:
                     slots = list(range(len(head.positions)))

@@ -469,4 +469,4 @@ def test_the_model_tier_sees_a_compilation(monkeypatch):
     monkeypatch.setattr(type(policy), "__hash__", lambda self: next(fresh))
     failure = check_model.check_compiles(replace(policy))
     assert failure is not None
-    assert "compilations at budgets" in failure.what
+    assert "tracings and compilations at budgets" in failure.what
