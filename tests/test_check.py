@@ -462,6 +462,25 @@ def test_nan_at_decode_is_refused(backend, models):
         models[backend].step([[4]], cache)
 
 
+def test_the_model_tier_sees_another_rule(tmp_path):
+    body = 'def score(self, view): return -view.positions if "torch" in view.xp.__name__ else view.positions'
+    failure = check_model.check_torch(policies.make(f"{written(tmp_path, body)}(budget=9)"))
+    assert failure is not None
+    assert failure.what == "torch keeps other tokens than the reference"
+    assert failure.where == {"library": "torch", "budget": 1, "layer": 0, "row": 0, "head": 0, "step": 0}
+    assert (failure.example["expected"], failure.example["got"]) == ([6], [0])
+
+
+def test_the_model_tier_sees_rows_in_another_order(tmp_path):
+    body = "def score(self, view): return view.positions * (view.seen[0] - 5)"
+    policy = policies.make(f"{written(tmp_path, body)}(budget=9)")
+    moments = [list(check_model.play("torch", replace(policy, budget=3), check_model.prompts(policy), rows))
+               for rows in ((0, 1, 2), (2, 0, 1))]  # fmt: skip
+    found = [check_model.differs(*pair, 3, 0, "torch") for pair in zip(*moments, strict=True)]
+    assert found[0] is not None
+    assert found[0].where["row"] == 0
+
+
 def test_the_model_tier_sees_a_compilation(monkeypatch):
     """Equal policies whose hashes differ compile anew; the kit's own listener must notice."""
     policy = policies.make("keep_it_odd(budget=9)")
