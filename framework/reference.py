@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -21,7 +22,7 @@ from framework.policy import UNLIMITED, Policy, View, alive, judge, name, noted
 from framework.random import gumbel
 from framework.rope import angles
 from framework.snapshot import LayerSnapshot, Snapshot, canonical
-from framework.spec import Layer, ModelSpec
+from framework.spec import Layer, ModelSpec, Rope
 from framework.tokenizer import ByteTokenizer, Tokenizer
 from framework.weights import check
 
@@ -151,11 +152,11 @@ def _select(head: Head, index: np.ndarray) -> None:
 def _stack(grid: list[list[np.ndarray]], empty: float | int | int = 0) -> np.ndarray:
     """Arrays [row][head] of different lengths as one array [row head slots ...], padded with `empty`."""
     wide = max(x.shape[0] for row in grid for x in row)
-
-    def fill(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([x, np.full((wide - x.shape[0], *x.shape[1:]), empty, x.dtype)])
-
-    return np.stack([np.stack([fill(x) for x in row]) for row in grid])
+    result = np.full((len(grid), len(grid[0]), wide, *grid[0][0].shape[1:]), empty, grid[0][0].dtype)
+    for index, row in enumerate(grid):
+        for number, x in enumerate(row):
+            result[index, number, : x.shape[0]] = x
+    return result
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float) -> np.ndarray:
@@ -168,6 +169,14 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def turned(rope: Rope | None, length: int | None, x: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """[tokens heads head_dim] rotated to these positions."""
+    if rope is None:
+        return x
+    cos, sin = angles(rope, where, length)
+    return rotate(x, cos[:, None], sin[:, None])
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -239,7 +248,7 @@ class ReferenceModel(Model):
         result.steps, result.singles = result.counted(phase, single)
         whole = phase == "prefill" or result.pending  # also rows that got no token in this call are evicted
         due = evict and (whole or result.steps % result.policy.interval == 0)
-        result.pending = not due and (result.pending or phase == "prefill")
+        result.pending = not due and (result.pending or phase == "prefill" or not evict)
 
         every = np.zeros((*tokens.shape, self.spec.vocab))
         tapped: list[dict[str, np.ndarray]] = []
@@ -270,13 +279,7 @@ class ReferenceModel(Model):
         spec, w = self.spec, self.weights
         positions = row.seen + np.arange(len(tokens), dtype=np.int32)
         row.seen += len(tokens)
-
-        def linear(x: np.ndarray, key: str) -> np.ndarray:
-            return x @ w[f"{key}.weight"].T + w.get(f"{key}.bias", 0.0)
-
-        def norm(x: np.ndarray, key: str) -> np.ndarray:
-            return rms_norm(x, w[f"{key}.weight"], spec.norm_eps, spec.norm_offset)
-
+        linear, norm = self._linear, self._norm
         x = taps["embed"] = w["embed.weight"][tokens] * spec.embed_scale
         views = []
         for index, layer in enumerate(spec.layers):
@@ -305,6 +308,12 @@ class ReferenceModel(Model):
         taps["logits"] = out
         return views
 
+    def _linear(self, x: np.ndarray, key: str) -> np.ndarray:
+        return x @ self.weights[f"{key}.weight"].T + self.weights.get(f"{key}.bias", 0.0)
+
+    def _norm(self, x: np.ndarray, key: str) -> np.ndarray:
+        return rms_norm(x, self.weights[f"{key}.weight"], self.spec.norm_eps, self.spec.norm_offset)
+
     def _attention(
         self,
         cache: ReferenceCache,
@@ -319,13 +328,7 @@ class ReferenceModel(Model):
     ) -> tuple[np.ndarray, View]:
         layer, policy, at = self.spec.layers[index], cache.policy, f"layers.{index}.attention"
 
-        def turn(x: np.ndarray, where: np.ndarray) -> np.ndarray:
-            """Rotate [tokens heads head_dim] to these positions."""
-            if layer.rope is None:
-                return x
-            cos, sin = angles(layer.rope, where, cache.length)
-            return rotate(x, cos[:, None], sin[:, None])
-
+        turn = partial(turned, layer.rope, cache.length)
         if not policy.repositions:
             q, k = turn(q, positions), turn(k, positions)
         taps[f"{at}.query_rotated"], taps[f"{at}.key_rotated"] = q, k

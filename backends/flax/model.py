@@ -195,10 +195,10 @@ class FlaxModel(Model):
         steps, singles = cache.counted(phase, count == 1 and bool((tokens >= 0).all()))
         whole = phase == "prefill" or cache.pending
         due = evict and (whole or steps % cache.policy.interval == 0)
-        pending = not due and (cache.pending or phase == "prefill")
+        pending = not due and (cache.pending or phase == "prefill" or not evict)
         held = int(cache.row_seen.max())
         slots = tuple(
-            self._slots(cache, index, due, held + wide_tokens.shape[1], pending, count)
+            self._slots(cache, index, due, whole, held + wide_tokens.shape[1], pending, count)
             for index in range(len(self.spec.layers))
         )
         tables = self.reach(cache, int(after.max()))
@@ -241,13 +241,18 @@ class FlaxModel(Model):
             return None, result
         return to_numpy(out)[:, : count if logits == "all" else 1], result
 
-    def _slots(self, cache: FlaxCache, index: int, due: bool, tokens: int, pending: bool, count: int) -> int:
+    def _slots(
+        self, cache: FlaxCache, index: int, due: bool, whole: bool, tokens: int, pending: bool, count: int
+    ) -> int:
         """Slots of a layer's buffers after a call."""
-        if cache.limit(index) is None or due:
+        held = cache.state.layers[index].slots
+        if cache.limit(index) is None or (due and whole):
             return cache.slots(index, tokens)
+        if due:  # a row without tokens keeps what it has gathered since its own last eviction
+            return max(cache.slots(index), held)
         if pending:
             return max(cache.slots(index), bucket(tokens))
-        return cache.state.layers[index].slots + count
+        return held + count
 
     def ready(self, cache: FlaxCache, tokens: int) -> FlaxCache:
         """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first.

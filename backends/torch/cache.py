@@ -158,7 +158,8 @@ class LayerCache:
         bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
         living = alive(seen.positions, seen.seen, self.spec.window)
         # A row that takes no part in this call keeps what it has gathered since its own last eviction.
-        room = min(self.used, self.bound if bool(active.all()) else self.bound + policy.interval - 1)
+        idle = 0 if bool(active.all()) else int(filled[~active].sum(-1).max())
+        room = min(self.used, max(self.bound, idle))
         slots = room + policy.interval
         index = survivors(xp, scores, protected, living, seen.budget, slots)
         chosen = keep(xp, seen.positions, index, EMPTY)

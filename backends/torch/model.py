@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,7 @@ class TorchModel(Model):
         due = evict and (whole or cache.steps % policy.interval == 0)
         single = phase == "decode" and not cache.pending and tokens.shape[1] == 1 and evict
         single = single and forced is None and decisions is None
-        cache.pending = not due and (cache.pending or phase == "prefill")
+        cache.pending = not due and (cache.pending or phase == "prefill" or not evict)
 
         x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
         tap("embed", x)
@@ -289,6 +290,7 @@ class TorchModel(Model):
             held.memory = {
                 key: torch.where(active, view.memory[key], old) for key, old in held.memory.items()
             }
+            view = replace(view, memory=held.memory)
         mixed = mixed.flatten(1, 2).transpose(1, 2).flatten(2)
         tap(f"{at}.attention.mixed", mixed)
         y = attn.output(mixed)
