@@ -229,9 +229,15 @@ def judge(checkpoint: Checkpoint, expected: Trace, dtype: str) -> Verdict:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float64, attn_implementation="eager", local_files_only=True
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=torch.float64, attn_implementation="eager", local_files_only=True
+        ).eval()
+    except Exception as error:  # whatever it wants of a config, in its own classes of errors
+        reason = " ".join(str(error).split())[:300]
+        raise KvtwinError(
+            f"hf cannot load {checkpoint.folder}: {reason}\nleave hf out of --backends"
+        ) from error
     kind = getattr(torch, dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(kind).to(torch.float64)

@@ -292,8 +292,15 @@ def saved(backend: str, policy: str, state: str) -> tuple[Snapshot, list, list]:
 ROUTES = [("reference", "torch"), ("torch", "flax"), ("flax", "torch"), ("flax", "reference")]
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("policy", POLICIES)
+FAST = {("full()", "two steps"), (H2O, "held back"), *((policy, "two steps") for policy in POLICIES[1:])}
+MOMENTS = [
+    pytest.param(policy, state, marks=[] if (policy, state) in FAST else [pytest.mark.slow])
+    for policy in POLICIES
+    for state in STATES
+]
+
+
+@pytest.mark.parametrize(("policy", "state"), MOMENTS)
 @pytest.mark.parametrize(("source", "target"), ROUTES, ids=lambda name: name)
 def test_save_load_and_go_on_equals_straight(
     source: str, target: str, policy: str, state: str, tmp_path: Path
