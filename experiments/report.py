@@ -43,6 +43,7 @@ def tables(rows: Sequence[Row]) -> list["Table"]:
 
 
 def _table(model: str, each: list[Pair]) -> "Table":
+    from rich import box
     from rich.table import Table
 
     first = each[0][0]
@@ -52,11 +53,13 @@ def _table(model: str, each: list[Pair]) -> "Table":
     table = Table(
         title=f"{model}: {len(first.prompts)} prompts of {lengths} bytes, {asked}; torch|flax where they differ",
         title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("policy", no_wrap=True)
-    columns = ["kept a head", "KiB held", "KiB allocated", "KL", "top-1"]
-    columns += ["recall", "as pred."] if recalls else ["tokens/s"]
+    columns = ["kept", "KiB", "allocated", "KL", "top-1"]
+    columns += ["recall", "predicted"] if recalls else ["tokens/s"]
     for column in columns:
         table.add_column(column, justify="right")
     table.add_column("torch == flax", no_wrap=True)
