@@ -36,7 +36,7 @@ def keep(
     xp: Namespace,
     x: Shaped[Array, "batch kv_heads slots *rest"],
     index: Int[Array, "batch kv_heads kept"],
-    empty: float | int | int,
+    empty: float | int,
 ) -> Shaped[Array, "batch kv_heads kept *rest"]:
     """`take_slots`, with `empty` where the index is -1."""
     taken = take_slots(xp, x, index)

@@ -149,7 +149,7 @@ def _select(head: Head, index: np.ndarray) -> None:
     head.memory = {key: value[index] for key, value in head.memory.items()}
 
 
-def _stack(grid: list[list[np.ndarray]], empty: float | int | int = 0) -> np.ndarray:
+def _stack(grid: list[list[np.ndarray]], empty: float | int = 0) -> np.ndarray:
     """Arrays [row][head] of different lengths as one array [row head slots ...], padded with `empty`."""
     wide = max(x.shape[0] for row in grid for x in row)
     result = np.full((len(grid), len(grid[0]), wide, *grid[0][0].shape[1:]), empty, grid[0][0].dtype)
@@ -505,7 +505,7 @@ def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
 def _join(rows: list[Decision]) -> Decision:
     """The decisions of several rows as one batch."""
 
-    def pile(arrays: list[np.ndarray], empty: float | int | int) -> np.ndarray:
+    def pile(arrays: list[np.ndarray], empty: float | int) -> np.ndarray:
         return _stack([list(array[0]) for array in arrays], empty)
 
     return Decision(

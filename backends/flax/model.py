@@ -266,9 +266,13 @@ class FlaxModel(Model):
         layers = []
         for index, layer in enumerate(cache.state.layers):
             bounded = cache.limit(index) is not None
-            least = cache.slots(index) if bounded else cache.used + tokens
-            if layer.slots < least:
-                layer = self._widened(layer, least if bounded else bucket(least))
+            least = cache.slots(index) if bounded else bucket(cache.used + tokens)
+            if bounded and cache.steps > cache.singles:
+                # Rows that were silent at an eviction may hold more than the budget, and keep it at the next one.
+                most = max(int(layer.fill), cache.limit(index) or 0)
+                least = max(least, bucket(most + 2 * cache.policy.interval))
+            if layer.slots < least and (bounded or layer.slots < cache.used + tokens):
+                layer = self._widened(layer, least)
             layers.append(layer)
         if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
             state = replace(cache.state, layers=layers)
@@ -279,7 +283,7 @@ class FlaxModel(Model):
     def _widened(self, layer: Any, slots: int) -> Any:
         more = slots - layer.slots
 
-        def pad(x: jax.Array, empty: float | int | int = 0) -> jax.Array:
+        def pad(x: jax.Array, empty: float | int = 0) -> jax.Array:
             return jnp.pad(x, ((0, 0), (0, 0), (0, more)) + ((0, 0),) * (x.ndim - 3), constant_values=empty)
 
         with precision(self.dtype):

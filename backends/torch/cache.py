@@ -62,7 +62,7 @@ class LayerCache:
         if more <= 0:
             return
 
-        def wider(x: torch.Tensor, empty: float | int | int) -> torch.Tensor:
+        def wider(x: torch.Tensor, empty: float | int) -> torch.Tensor:
             tail = x.new_full((*x.shape[:2], more, *x.shape[3:]), empty)
             return torch.cat([x, tail], dim=2)
 
