@@ -33,6 +33,7 @@ from backends.flax.cache import (
 )
 from backends.flax.convert import precision, to_numpy, widened
 from backends.flax.rope import rotate
+from framework.arrays import Array
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.policy import View, noted
@@ -42,7 +43,6 @@ from framework.shapes import EMPTY
 if TYPE_CHECKING:
     from backends.flax.model import Block, Decoder, FlaxModel
 
-Given = jax.Array | np.ndarray  # what comes from the host is a jax.Array under jit only
 
 STOPS = 8  # stop tokens that a compiled loop has room for
 OUTPUT = 512  # the loop's output grows in these steps
@@ -179,9 +179,9 @@ def advance(
     leaves: list[jax.Array],
     tables: Any,
     state: State,
-    tokens: Int[Given, "batch tokens"],
-    budgets: Int[Given, "layers"],
-    forced: list[Given] | None,
+    tokens: Int[Array, "batch tokens"],
+    budgets: Int[Array, "layers"],
+    forced: list[Array] | None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list]:
     """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
@@ -226,8 +226,8 @@ def advance(
 
 
 def _one(
-    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[Given, "batch"],
-    budgets: Int[Given, "layers"], steps: Int[Given, ""],
+    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[Array, "batch"],
+    budgets: Int[Array, "layers"], steps: Int[Array, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
     """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
     tokens, budgets, steps = jnp.asarray(tokens), jnp.asarray(budgets), jnp.asarray(steps)
@@ -287,9 +287,9 @@ def single(
     leaves: list[jax.Array],
     tables: Any,
     state: State,
-    tokens: Int[Given, "batch"],
-    budgets: Int[Given, "layers"],
-    steps: Int[Given, ""],
+    tokens: Int[Array, "batch"],
+    budgets: Int[Array, "layers"],
+    steps: Int[Array, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:
     """One decode step with given tokens; `steps` counts from 1 since the last prefill."""
     return _one(bones.decoder(leaves), plan, tables, state, tokens, budgets, steps)
