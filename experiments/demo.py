@@ -356,19 +356,21 @@ def command(
     """Run every bundled policy at two budgets on both backends and say whether they did the same."""
     from rich.console import Console
 
-    from experiments.report import plot, tables
+    from experiments import report
 
     begun = time.perf_counter()
     place, settings = folder(out), Settings()
     spellings, rows, console = settings.spellings(), [], Console()
+    if not console.is_terminal:
+        console = Console(width=report.WIDTH)
     for task in (text_task(settings), recall_task(settings)):
         _say(f"{task.model}: compiling for {len(spellings)} policies")
         for pair in ask(task, spellings):
             rows += pair
             _say(f"{task.model}: {pair[0].policy} {pair[0].verdict}")
     write(rows, place / "results.jsonl")
-    plot(rows, place / "quality.png")
-    for table in tables(rows):
+    report.plot(rows, place / "quality.png")
+    for table in report.tables(rows):
         console.print(table)
     differing = sum(not row.equal for row in rows) // len(PAIR)
     count = len(rows) // len(PAIR)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[Row, Row]
 
+WIDTH = 100  # columns, where the output is no terminal
+
 
 def pairs(rows: Sequence[Row]) -> dict[str, list[Pair]]:
     """The rows of each model, torch and flax of one policy side by side."""
@@ -22,9 +24,9 @@ def pairs(rows: Sequence[Row]) -> dict[str, list[Pair]]:
     return found
 
 
-def kib(count: int) -> str:
-    """Bytes as KiB."""
-    return f"{count / 1024:.0f}"
+def kib(count: int, row: Row) -> str:
+    """Bytes of the batch as KiB per prompt."""
+    return f"{count / 1024 / len(row.prompts):.0f}"
 
 
 def both(first: str, second: str) -> str:
@@ -51,31 +53,31 @@ def _table(model: str, each: list[Pair]) -> "Table":
     lengths = f"{min(first.prompts)} to {max(first.prompts)}"
     asked = "one question each" if recalls else f"{first.steps} given tokens each"
     table = Table(
-        title=f"{model}: {len(first.prompts)} prompts of {lengths} bytes, {asked}; torch|flax where they differ",
+        title=f"{model}: {len(first.prompts)} prompts of {lengths} bytes, {asked}; KiB per prompt; torch|flax",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("policy", no_wrap=True)
-    columns = ["kept", "KiB", "allocated", "KL", "top-1"]
-    columns += ["recall", "predicted"] if recalls else ["tokens/s"]
+    columns = ["kept", "held", "allocated", "KL"]
+    columns += ["recall", "formula"] if recalls else ["top-1", "tokens/s"]
     for column in columns:
         table.add_column(column, justify="right")
     table.add_column("torch == flax", no_wrap=True)
     for torch, flax in each:
         cells = [
             both(kept(torch), kept(flax)),
-            both(kib(torch.payload_bytes), kib(flax.payload_bytes)),
-            both(kib(torch.allocated_bytes), kib(flax.allocated_bytes)),
+            both(kib(torch.payload_bytes, torch), kib(flax.payload_bytes, flax)),
+            both(kib(torch.allocated_bytes, torch), kib(flax.allocated_bytes, flax)),
             both(f"{torch.kl:.2g}", f"{flax.kl:.2g}"),
-            both(f"{torch.top1:.2f}", f"{flax.top1:.2f}"),
         ]
         if recalls:
             cells += [both(share(torch.recall), share(flax.recall))]
             cells += [both(share(torch.as_predicted), share(flax.as_predicted))]
         else:
-            cells += [both(rate(torch), rate(flax))]
+            cells += [both(share(torch.top1), share(flax.top1)), both(rate(torch), rate(flax))]
         flags = "".join(f", {flag}" for flag in sorted({*torch.flags, *flax.flags}))
         style = "red" if not torch.equal else "yellow" if flags else ""
         verdict = "NO" if not torch.equal else torch.verdict
@@ -132,10 +134,11 @@ def _panel(axis, model: str, each: list[Pair], colours: dict) -> None:
 
     for name, points in lines.items():
         budgeted = [pair for pair in points if pair[0].requested_tokens is not None]
+        style = "--" if list(lines).index(name) % 2 else "-"  # two policies may lie on one line
         torch = [point(pair[0]) for pair in budgeted]
         flax = [point(pair[1]) for pair in budgeted]
         if budgeted:
-            axis.plot(*zip(*torch, strict=True), color=colours[name], marker="o", markersize=5)
+            axis.plot(*zip(*torch, strict=True), color=colours[name], marker="o", markersize=5, ls=style)
             axis.plot(
                 *zip(*flax, strict=True),
                 color=colours[name],
@@ -152,8 +155,9 @@ def _panel(axis, model: str, each: list[Pair], colours: dict) -> None:
     else:
         axis.set_yscale("log")
         axis.axvline(full, color="black", lw=1, ls=":")
-        axis.annotate("full: KL 0", (full, 0.5), xycoords=("data", "axes fraction"), ha="right", fontsize=9)
+        axis.annotate("full: KL 0 ", (full, 0.5), xycoords=("data", "axes fraction"), ha="right", fontsize=9)
         axis.set_ylabel("KL from the full cache, nats per token")
     axis.set_title(f"{model}: {'recall prompts' if recalls else 'held-out text'}", fontsize=11)
     axis.set_xlabel("KiB allocated per sequence")
+    axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
