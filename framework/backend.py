@@ -270,13 +270,13 @@ class Model(ABC):
     def restore(self, source: Snapshot | str | os.PathLike) -> Cache:
         """A cache from a snapshot, or from a file that `Cache.save` of any backend wrote."""
 
-    def generate(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Any) -> "Generated":
+    def generate(self, prompts: str | Sequence[Any], **options: Any) -> "Generated":
         """Continue the prompts; the options are those of `framework.generate.generate`."""
         from framework.generate import generate
 
         return generate(self, prompts, **options)
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Sequence[Any], **options: Any) -> Iterator[str]:
         """Yield the continuation of one prompt piece by piece; options as in `framework.generate.stream`."""
         from framework.generate import stream
 

@@ -1,5 +1,6 @@
 """Generation: prompts to text on any backend. The loop is the backend's; what drives it is written once."""
 
+import operator
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +69,7 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     rows = read_prompts(model, prompts)
-    if max_new_tokens < 1:
-        raise KvtwinError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    _check_count(max_new_tokens)
     begun = time.perf_counter()
     cache, logits = prefill(model, rows, cache, policy, codec, max_new_tokens, chunk, evict, length)
     prefilled = time.perf_counter()
@@ -94,7 +94,7 @@ def generate(
 
 def stream(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Chat,
     *,
     policy: str | Policy = "full()",
     codec: str | Codec = "full()",
@@ -106,6 +106,9 @@ def stream(
 ) -> Iterator[str]:
     """Yield the continuation of one prompt in pieces that never cut a character. Options as in `generate`."""
     rows = read_prompts(model, prompt)
+    if len(rows) > 1:
+        raise KvtwinError(f"{len(rows)} prompts came; expected one, since a stream is one text")
+    _check_count(max_new_tokens)
     settings = Sampling(**sampling)
     cache, logits = prefill(model, rows, None, policy, codec, max_new_tokens, chunk, "prompt", length)
     ends = list(model.spec.stop if stop is None else stop)
@@ -123,12 +126,11 @@ def stream(
 
 def read_prompts(model: Model, prompts: Prompts) -> list[list[int]]:
     """Token ids of each prompt: texts, ids, or chats of `{"role": ..., "content": ...}`; empty ones are refused."""
-    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    alone = isinstance(prompts, str) or (
+        len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
+    )
     every: Any = [prompts] if alone else prompts
-    rows = [
-        model.tokenizer.encode(one) if isinstance(one, str) else [int(token) for token in one]
-        for one in every
-    ]
+    rows = [_ids(model, one) for one in every]
     if not rows:
         raise KvtwinError("no prompts; expected at least one")
     for index, row in enumerate(rows):
@@ -137,12 +139,20 @@ def read_prompts(model: Model, prompts: Prompts) -> list[list[int]]:
     return rows
 
 
+def _check_count(count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise KvtwinError(f"max_new_tokens is {count!r}; expected an integer >= 1")
+
+
 def _ids(model: Model, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     if len(prompt) and isinstance(prompt[0], Mapping):
         return model.tokenizer.chat(prompt)
-    return [int(token) for token in prompt]
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise KvtwinError(f"a prompt came as {prompt!r}; expected a text, token ids or a chat") from error
 
 
 def prefill(

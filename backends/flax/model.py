@@ -236,7 +236,9 @@ class FlaxModel(Model):
                     else array
                 )
         if decisions is not None:
-            decisions.extend(Decision(int(index), *(to_numpy(x) for x in one)) for index, one in taken)
+            for index, one in taken:
+                positions, scores, protected, kept = (to_numpy(x) for x in one)
+                decisions.append(Decision(int(index), positions, scores.astype(np.float64), protected, kept))
         if logits is None:
             return None, result
         return to_numpy(out)[:, : count if logits == "all" else 1], result

@@ -53,7 +53,7 @@ def decode(
     return out, to_numpy(current), cache
 
 
-def _settings(sampling: Sampling) -> list[float | None]:
+def _settings(sampling: Sampling) -> list[float | int | None]:
     """Temperature, top_k, top_p, min_p; a filter that is off is None and costs nothing."""
     return [
         sampling.temperature,
