@@ -162,7 +162,7 @@ def canonical(
 ) -> LayerSnapshot:
     """Physical arrays of one layer in position order, cut to the largest number of tokens that a head holds.
 
-    Empty places are zero in streams and memory.
+    Empty places are zero in streams, memory and queries.
     """
     far = np.where(positions < 0, np.iinfo(np.int32).max, positions)
     width = int((positions >= 0).sum(-1).max(initial=0))
@@ -175,6 +175,8 @@ def canonical(
             return np.where(hole, x.dtype.type(0), np.take_along_axis(x, order, axis=-1))
         return np.where(hole[..., None], x.dtype.type(0), np.take_along_axis(x, order[..., None], axis=2))
 
+    if queries is not None and query_positions is not None:
+        queries = np.where(query_positions[:, None, None, :, None] < 0, queries.dtype.type(0), queries)
     return LayerSnapshot(
         {key: gather(value) for key, value in streams.items()},
         ranked.astype(np.int32),

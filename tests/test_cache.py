@@ -43,8 +43,8 @@ POLICIES = ("full()", WINDOW, TAIL, H2O, SNAPKV, REPOSITION)
 
 
 @functools.cache
-def model(backend: str, spec: ModelSpec = SPEC) -> Model:
-    return backends.get(backend).build(spec, random_weights(spec, 5), dtype="float64")
+def model(backend: str, spec: ModelSpec = SPEC, dtype: str = "float64") -> Model:
+    return backends.get(backend).build(spec, random_weights(spec, 5), dtype)
 
 
 def begun(backend: str, policy: str = "full()", steps: int = 0, spec: ModelSpec = SPEC) -> Cache:
@@ -258,6 +258,22 @@ def test_roll_back_is_refused_where_a_sliding_window_has_passed(backend: str) ->
         cache.roll_back(1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_empty_is_zero_in_a_snapshot(backend: str) -> None:
+    """So that two caches that hold the same are equal, whatever padding once computed there."""
+    made = model(backend)
+    _, cache = made.step(PROMPT[:, 8:], made.cache(SNAPKV, batch=2), evict=False)
+    for layer in cache.snapshot().layers:
+        assert layer.queries is not None
+        assert layer.query_positions is not None
+        assert layer.query_positions.tolist() == [[-1] * 5, [-1, -1, 0, 1, 2]]
+        assert not layer.queries[0].any()
+        assert not layer.queries[1, :, :, :2].any()
+        assert layer.queries[1, :, :, 2:].all()
+        assert not layer.streams["keys"][0].any()
+    assert cache.snapshot().seen.tolist() == [0, 3]
+
+
 # Save, load, go on.
 
 
@@ -319,6 +335,17 @@ def test_a_restored_cache_takes_a_chunk_and_rolls_back(source: str, target: str,
     _, restored = model(target).step(FEED[:, 2:5], model(target).restore(tmp_path / "cache.safetensors"))
     expected = begun(target, steps=3).snapshot()
     assert differing(restored.roll_back(2).snapshot(), expected, EXACT) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("source", "target"), [("flax", "torch"), ("torch", "flax")], ids=lambda name: name)
+def test_other_dtypes_keep_their_bits(source: str, target: str, dtype: str, tmp_path: Path) -> None:
+    made = model(source, SPEC, dtype)
+    _, cache = made.step(PROMPT, made.cache(H2O, batch=2), logits=None)
+    cache.save(tmp_path / "cache.safetensors")
+    restored = model(target, SPEC, dtype).restore(tmp_path / "cache.safetensors").snapshot()
+    assert restored.dtype == dtype
+    assert differing(restored, cache.snapshot()) == []
 
 
 @pytest.fixture
