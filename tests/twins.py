@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
 
 from backends import backends
@@ -74,6 +75,17 @@ def snapshot_drift(found: Cache, expected: Cache) -> float:
             worst = worst if (one.query_positions == other.query_positions).all() else np.inf
         worst = max([worst] + [drift(left, right) for left, right in pairs])
     return worst
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """No type checks inside: for long runs of what short ones have checked, and for arguments of a wrong type."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @contextmanager
