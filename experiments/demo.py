@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,13 +120,16 @@ def recall_task(settings: Settings) -> Task:
     return Task(settings.recall, prompts, given, 0, np.array([one.answer for one in made]))
 
 
-def run(model: Model, policy: str, task: Task, every: int = EVERY) -> Run:
-    """Prompts, then the given tokens one a step, then tokens of its own."""
+def run(model: Model, policy: str, task: Task, every: int = EVERY, only: int | None = None) -> Run:
+    """Prompts, then the given tokens one a step, then tokens of its own; or `only` so many given tokens.
+
+    The cache has room for the whole task in any case, so that what is compiled stays the same.
+    """
     longest, steps = max(map(len, task.prompts)), task.given.shape[1]
     cache = model.cache(policy, batch=len(task.prompts), capacity=longest + steps + task.greedy)
     out, cache = model.step(task.prompts, cache, phase="prefill")
     kept, logits, seconds = [cache.kept], [], []
-    for step in range(steps):
+    for step in range(steps if only is None else only):
         begun = time.perf_counter()
         out, cache = model.step(task.given[:, step : step + 1], cache)
         seconds.append(time.perf_counter() - begun)
@@ -135,7 +138,7 @@ def run(model: Model, policy: str, task: Task, every: int = EVERY) -> Run:
             kept.append(cache.kept)
     held, size = kept[-1], cache.bytes
     written, choices = [], []
-    for _ in range(task.greedy):
+    for _ in range(task.greedy if only is None else 0):
         choices.append(out[:, 0])
         written.append(out[:, 0].argmax(-1))
         out, cache = model.step(written[-1][:, None], cache)
@@ -153,7 +156,7 @@ def run(model: Model, policy: str, task: Task, every: int = EVERY) -> Run:
 
 def warm(model: Model, policy: str, task: Task) -> None:
     """Compile what `run` will need."""
-    run(model, policy, replace(task, given=task.given[:, :1], greedy=0))
+    run(model, policy, task, only=1)
 
 
 def same_sets(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -314,21 +317,27 @@ def load(backend: str, model: str) -> Model:
 
 
 @contextmanager
-def hasty() -> Iterator[None]:
-    """flax compiles in half the time inside, into slower programs: for what is run once and not timed."""
-    import jax
+def settled(hasty: bool) -> Iterator[None]:
+    """torch on one thread: these models are too small to share, and a second thread only waits.
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    `hasty`: flax compiles in half the time, into slower programs, for what is run once and not timed.
+    """
+    import jax
+    import torch
+
+    threads, before = torch.get_num_threads(), jax.config.read("jax_disable_most_optimizations")
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", hasty or before)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         jax.config.update("jax_disable_most_optimizations", before)
 
 
 def ask(task: Task, spellings: Sequence[str], load: Load = load) -> Iterator[list[Row]]:
     """The rows of each policy, one for each backend. The first policy is the one that all are compared with."""
-    with hasty() if task.given.shape[1] <= WARM else nullcontext():
+    with settled(hasty=task.given.shape[1] <= WARM):
         yield from _ask(task, spellings, load)
 
 
