@@ -68,26 +68,26 @@ def test_no_module_brings_in_a_forbidden_library(package):
 @pytest.fixture
 def house(tmp_path):
     """A small tree with one broken arrow, two folders down, behind an import of its own."""
-    deep = tmp_path / "framework" / "members"
+    deep = tmp_path / "annex" / "members"
     deep.mkdir(parents=True)
-    (tmp_path / "framework" / "clean.py").write_text("import json\n")
-    (tmp_path / "framework" / "middle.py").write_text("import forbidden_library\n")
-    (deep / "guilty.py").write_text("from framework import middle\n")
+    (tmp_path / "annex" / "clean.py").write_text("import json\n")
+    (tmp_path / "annex" / "middle.py").write_text("import forbidden_library\n")
+    (deep / "guilty.py").write_text("from annex import middle\n")
     (tmp_path / "forbidden_library.py").write_text("")
     return tmp_path
 
 
 def test_a_broken_arrow_is_found(house):
-    found = modules(house, "framework")
-    assert found == ["framework.clean", "framework.members.guilty", "framework.middle"]
+    found = modules(house, "annex")
+    assert found == ["annex.clean", "annex.members.guilty", "annex.middle"]
     assert trespass(house, found[:1], {"forbidden_library"}) == ""
     told = trespass(house, found, {"forbidden_library"})
-    assert told == "framework.members.guilty brings in forbidden_library"
+    assert told == "annex.members.guilty brings in forbidden_library"
 
 
 def test_a_module_that_does_not_import_is_found(house):
-    (house / "framework" / "clean.py").write_text("1 / 0\n")
-    assert "ZeroDivisionError" in trespass(house, ["framework.clean"], {"forbidden_library"})
+    (house / "annex" / "clean.py").write_text("1 / 0\n")
+    assert "ZeroDivisionError" in trespass(house, ["annex.clean"], {"forbidden_library"})
 
 
 @pytest.mark.parametrize(
