@@ -246,15 +246,15 @@ class FlaxModel(Model):
     def _slots(
         self, cache: FlaxCache, index: int, due: bool, whole: bool, tokens: int, pending: bool, count: int
     ) -> int:
-        """Slots of a layer's buffers after a call."""
-        held = cache.state.layers[index].slots
-        if cache.limit(index) is None or (due and whole):
-            return cache.slots(index, tokens)
-        if due:  # a row without tokens keeps what it has gathered since its own last eviction
-            return max(cache.slots(index), held)
+        """Slots of a layer's buffers after a call: the usual number, except where rows hold more than that."""
+        usual, interval = cache.slots(index, tokens), cache.policy.interval
+        if cache.limit(index) is None or (due and (whole or interval == 1)):
+            return usual
         if pending:
-            return max(cache.slots(index), bucket(tokens))
-        return held + count
+            return max(usual, bucket(tokens))
+        # A row without tokens keeps what it has gathered; up to `interval` more follow before the next eviction.
+        least = int(cache.state.layers[index].fill) + interval + (0 if due else count)
+        return usual if least <= usual else bucket(least)
 
     def ready(self, cache: FlaxCache, tokens: int) -> FlaxCache:
         """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first.
