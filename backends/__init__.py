@@ -23,7 +23,7 @@ class Backends:
         if name not in MODULES:
             near = difflib.get_close_matches(name, MODULES, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise KvtwinError(f"no backend {name!r}{hint} Expected one of {', '.join(MODULES)}")
+            raise KvtwinError(f"no backend {name!r}{hint}\nexpected one of {', '.join(MODULES)}")
         return importlib.import_module(MODULES[name]).Backend()
 
 
