@@ -15,7 +15,7 @@ from framework.backend import Bytes, Cache, Model
 from framework.codec import Codec
 from framework.decode import Sampling
 from framework.errors import KvtwinError
-from framework.policy import Policy
+from framework.policy import Policy, policies, resolved
 
 Chat = Sequence[Mapping[str, str]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Chat | Sequence[Chat]
@@ -171,8 +171,10 @@ def prefill(
         raise KvtwinError(f"chunk is {chunk}; expected at least 1 token")
     if evict not in ("prompt", "chunk"):
         raise KvtwinError(f'evict is {evict!r}; expected "prompt" or "chunk"')
-    cache = model.cache(policy, codec, len(rows), length=length) if cache is None else cache
     longest = max(len(row) for row in rows)
+    if cache is None:
+        made = policies.make(policy) if isinstance(policy, str) else policy
+        cache = model.cache(resolved(made, longest), codec, len(rows), length=length)
     padded = np.array([row + [-1] * (longest - len(row)) for row in rows], np.int32)
     cache.expect(new_tokens)
     logits = np.zeros((len(rows), model.spec.vocab))

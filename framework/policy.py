@@ -5,6 +5,7 @@ Everything else here is the machinery's side of the contract: what a policy is s
 turns scores into a kept set (`survivors`, and `weakest` for one slot).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -97,8 +98,9 @@ class View:
 class Policy(ABC):
     """Base of every policy. Fields are hashable: an equal policy is the same static argument of a compiled step.
 
-    `budget`: tokens kept per kv head, one number or one per layer. `interval`: decode steps between two evictions; the
-    cache then holds up to `interval - 1` tokens more than the budget.
+    `budget`: tokens kept per kv head, one number or one per layer. `fraction`: a share of the longest prompt instead;
+    `resolved` makes a budget of it once the prompt is known, as `generate` does. `interval`: decode steps between two
+    evictions; the cache then holds up to `interval - 1` tokens more than the budget.
 
     Class attributes: `memory` names the per-slot arrays and the value that a new token starts with. `order_free`
     promises that scores do not depend on slot order. `shared`: one kept set for all heads of a layer. `evicts`: False
@@ -106,6 +108,7 @@ class Policy(ABC):
     """
 
     budget: int | tuple[int, ...] | None = None
+    fraction: float | int | None = None
     interval: int = 1
 
     memory: ClassVar[Mapping[str, float]] = {}
@@ -290,12 +293,30 @@ def name(policy: Policy) -> str:
     return policies.spelling(policy)
 
 
+def resolved(policy: Policy, tokens: int) -> Policy:
+    """The policy with its `fraction` of this many prompt tokens, rounded up, as its budget."""
+    if policy.fraction is None or not policy.evicts:
+        return policy
+    if policy.budget is not None:
+        raise KvtwinError(f"policy {name(policy)} has a budget and a fraction; expected one of them")
+    if isinstance(policy.fraction, bool) or not 0 < policy.fraction <= 1:
+        raise KvtwinError(
+            f"policy {name(policy)}: fraction is {policy.fraction}; expected above 0, at most 1"
+        )
+    return replace(policy, budget=math.ceil(round(policy.fraction * tokens, 6)), fraction=None)
+
+
 def budgets(policy: Policy, spec: ModelSpec) -> tuple[int | None, ...]:
     """Tokens kept per kv head, for each layer; None where the policy keeps all. Refuses what cannot be met."""
     if not policy.evicts:
-        if policy.budget is not None:
+        if policy.budget is not None or policy.fraction is not None:
             raise KvtwinError(f"policy {name(policy)} keeps every token; expected no budget")
         return (None,) * len(spec.layers)
+    if policy.fraction is not None:
+        raise KvtwinError(
+            f"policy {name(policy)} has a fraction of a prompt that is not known here; expected a budget in tokens, "
+            "as framework.policy.resolved(policy, tokens) makes it"
+        )
     if policy.budget is None:
         raise KvtwinError(
             f"policy {name(policy)} has no budget; expected the tokens to keep, as in budget=64"

@@ -272,3 +272,30 @@ def test_a_cache_of_another_batch_or_used_up_or_full_is_refused(backend: str) ->
     model.step([[1, 2]], used)
     with pytest.raises(KvtwinError, match="consumed by a step"):
         model.generate([[3]], cache=used)
+
+
+@pytest.mark.parametrize(("fraction", "budget"), [(0.5, 7), (0.1, 2), (1, 14), (2 / 14, 2)])
+def test_a_fraction_is_of_the_longest_prompt_and_shown_as_tokens(fraction: float, budget: int) -> None:
+    """Rounded up; 2 / 14 of 14 is 2 although the product is not exactly so."""
+    out = hybrid("torch").generate(PROMPTS, policy=f"tova(fraction={fraction})", max_new_tokens=3)
+    assert f"tova(budget={budget})" in repr(out.cache)
+    assert max(layer.shape[-1] for layer in out.kept) == min(budget, 17)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("tova(fraction=0)", "fraction is 0; expected above 0"),
+        ("tova(fraction=1.5)", "fraction is 1.5"),
+        ("tova(fraction=0.5, budget=4)", "a budget and a fraction"),
+        ("full(fraction=0.5)", "expected no budget"),
+    ],
+)
+def test_fractions_that_cannot_be_are_refused(policy: str, message: str) -> None:
+    with pytest.raises(KvtwinError, match=message):
+        hybrid("torch").generate(PROMPTS, policy=policy)
+
+
+def test_a_cache_needs_a_budget_in_tokens() -> None:
+    with pytest.raises(KvtwinError, match="expected a budget in tokens"):
+        hybrid("torch").cache("tova(fraction=0.5)")
