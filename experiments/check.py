@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from experiments.check_rule import Failure, tiny_spec
+from experiments.check_case import Failure, tiny_spec
 from framework.errors import KvtwinError
 from framework.policy import Policy, budgets, name, policies
 
@@ -41,9 +41,9 @@ def run(policy: Policy, tier: Tier = "all") -> list[Result]:
 
 
 def _results(policy: Policy, tier: Tier) -> Iterator[Result]:
-    from experiments import check_model, check_rule
+    from experiments import check_case, check_model, check_rule
 
-    check_rule.libraries()  # their import is no part of a check's time
+    check_case.libraries()  # their import is no part of a check's time
     checks: list[tuple[Any, Callable]] = []
     if tier in ("rule", "all"):
         checks += [(check, check_rule.attempt) for check in check_rule.CHECKS]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.check_rule import TOLERANCE, Failure, broken, least_budget, short, tiny_spec
+from experiments.check_case import TOLERANCE, Failure, least_budget, short, tiny_spec
+from experiments.check_rule import broken
 from framework.errors import KvtwinError
 from framework.policy import Policy
 from framework.shapes import EMPTY, bucket

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from backends import backends
 from experiments import check_model, check_rule
 from experiments.check import found, report, run
-from experiments.check_rule import tiny_spec
+from experiments.check_case import tiny_spec
 from experiments.run import app
 from framework.errors import KvtwinError
 from framework.policy import Policy, name, policies

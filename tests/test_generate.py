@@ -54,7 +54,6 @@ def chosen_from(policy: str, tokens: np.ndarray, temperature: float, seed: int) 
     if temperature:
         noise = [gumbel(xp, seed, step, np.arange(len(rows)), model.spec.vocab) for step in range(len(each))]
         result = result / temperature + np.stack(noise, axis=1)
-    assert (result.argmax(-1) == tokens).mean() > 0.99
     return result
 
 
@@ -66,9 +65,18 @@ def test_both_backends_write_the_same_256_tokens(policy: str, sampling: dict[str
         np.array(written(backend, policy, 256, *sampling.items()).tokens) for backend in ("flax", "torch")
     )
     assert found.shape == expected.shape == (len(SOURCE), 256)
-    logits = chosen_from(policy, expected, sampling.get("temperature", 0), sampling.get("seed", 0))
-    agreement = token_agreement(found, expected, logits)
-    assert agreement.within(TOLERANCE["float32"]), agreement
+    if (found != expected).any():
+        logits = chosen_from(policy, expected, sampling.get("temperature", 0), sampling.get("seed", 0))
+        agreement = token_agreement(found, expected, logits)
+        assert agreement.within(TOLERANCE["float32"]), agreement
+
+
+@pytest.mark.parametrize("sampling", FILTERS[:2], ids=["greedy", "sampled"])
+def test_the_judge_of_a_divergence(sampling: dict[str, Any]) -> None:
+    """What it takes for the numbers that tokens were chosen from has those tokens as its largest."""
+    expected = np.array(written("torch", POLICIES[1], 256, *sampling.items()).tokens)[:, :30]
+    heat, seed = sampling.get("temperature", 0), sampling.get("seed", 0)
+    assert (chosen_from(POLICIES[1], expected, heat, seed).argmax(-1) == expected).all()
 
 
 def test_what_is_written_looks_like_source() -> None:

@@ -1,6 +1,6 @@
 """Kept sets: every policy on both backends against the reference's decisions, replayed and running freely."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
@@ -23,6 +23,18 @@ CHECKED = 6  # steps that run under the type checker; the same code then runs wi
 
 # Fields are spelled so that the same text makes the policy on every backend.
 EXAMPLES = [policies.spelling(one) for name in policies.names() for one in policies.get(name).examples()]
+FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in policies.names()]
+# These look at nothing but positions: what the others show of the compiled step, they show again.
+PLAIN = [one for one in EXAMPLES if one.startswith(("random", "window")) and "reposition" not in one]
+
+
+def _cases(chosen: Sequence[str], later: Callable[[str, str], bool]) -> list[Any]:
+    """(backend, policy) of these policies; `later` says which of them wait for make test-slow."""
+    return [
+        pytest.param(backend, policy, marks=[pytest.mark.slow] if later(backend, policy) else [])
+        for backend in TWINS
+        for policy in chosen
+    ]
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,19 @@ def _record(model: Model, policy: str) -> Recorded:
     raise AssertionError
 
 
-@pytest.mark.parametrize("policy", EXAMPLES)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("backend", TWINS)
-def test_replay(backend: str, dtype: str, policy: str) -> None:
+@pytest.mark.parametrize(("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: False))
+def test_replay_in_float64(backend: str, policy: str) -> None:
     """The reference's decisions are forced, so that each of the backend's own is taken over the same tokens."""
+    _replay(backend, "float64", policy)
+
+
+@pytest.mark.parametrize(("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: policy not in FIRST))
+def test_replay_in_float32(backend: str, policy: str) -> None:
+    """The same, against float64 decisions with the same weights: rounding may swap near ties."""
+    _replay(backend, "float32", policy)
+
+
+def _replay(backend: str, dtype: str, policy: str) -> None:
     expected = recorded(policy).decisions
     model, found = hybrid(backend, dtype), []
     cached = model.cache(policy, batch=len(LENGTHS))
@@ -79,8 +99,9 @@ def test_replay(backend: str, dtype: str, policy: str) -> None:
     assert snapshot_drift(cached, recorded(policy).caches[STEPS]) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("policy", EXAMPLES)
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize(
+    ("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: backend == "flax" and policy in PLAIN)
+)
 def test_free_run(backend: str, policy: str) -> None:
     """Decode as it is used, with each backend's own decisions: positions, keys, values, memory, logits."""
     run, model = recorded(policy), hybrid(backend)
@@ -112,8 +133,9 @@ OVERWRITING = [
 ]
 
 
-@pytest.mark.parametrize("policy", OVERWRITING)
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize(
+    ("backend", "policy"), _cases(OVERWRITING, lambda backend, policy: backend == "flax" and policy in PLAIN)
+)
 def test_overwrite_equals_compaction(backend: str, policy: str) -> None:
     """Decode by compaction ends in the state that the free runs above reach by overwriting."""
     model, twin = hybrid(backend), compacting(policies.make(policy))
@@ -141,20 +163,25 @@ def _same(policy: str | Policy, backend: str, calls: list[tuple[np.ndarray, dict
     return found
 
 
-LEAST = {"key_norm": 1, "h2o": 1, "window": 4, "snapkv": 4}
+LEAST = {"h2o": 1, "key_norm": 1, "snapkv": 4, "window": 4}
 SPELT = {"snapkv": "snapkv(budget={}, window=4, kernel=3)"}
-PROMPT = 20
+PROMPT = WINDOW + 3  # so that the budgets about it are above the window
 BUDGETS = [
-    (name, budget)
+    pytest.param(
+        backend,
+        name,
+        budget,
+        marks=[pytest.mark.slow] if backend == "flax" and name in ("key_norm", "window") else [],
+    )
+    for backend in TWINS
     for name, least in LEAST.items()
-    for budget in (least, least + 1, WINDOW + 3, PROMPT - 1, PROMPT, PROMPT + 1)
+    for budget in (least, least + 1, PROMPT - 1, PROMPT, PROMPT + 1)
 ]
 
 
-@pytest.mark.parametrize(("name", "budget"), BUDGETS)
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize(("backend", "name", "budget"), BUDGETS)
 def test_budgets_at_their_edges(backend: str, name: str, budget: int) -> None:
-    """p, p + 1, above the sliding window, T - 1, T and T + 1, for a prompt of T tokens and some steps."""
+    """p, p + 1, and T - 1, T and T + 1 for a prompt of T tokens, which lie above the sliding window; some steps."""
     policy = SPELT.get(name, name + "(budget={})").format(budget)
     lengths = (PROMPT, 7)
     for steps in (0, 4):
@@ -182,8 +209,9 @@ def test_budgets_per_layer(backend: str, policy: str) -> None:
     assert [kept.shape[-1] for kept in cached.kept] == list(policies.make(policy).budget)
 
 
-@pytest.mark.parametrize("policy", EXAMPLES)
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize(
+    ("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: backend == "flax" and policy in PLAIN)
+)
 def test_a_finished_row_stays_as_it_is(backend: str, policy: str) -> None:
     """Bit for bit, memory and queries included, while others decode; then it goes on as if nothing had been."""
     going = np.array([True, False, True])[:, None]
@@ -236,7 +264,7 @@ def test_memory_of_a_row_without_tokens_does_not_change(backend: str) -> None:
 # Calls of decode that are not one token with an eviction
 
 
-@pytest.mark.parametrize("policy", ["h2o(budget=9)", "window(budget=8, interval=3)", "key_norm(budget=9)"])
+@pytest.mark.parametrize("policy", ["h2o(budget=9)", "window(budget=8, interval=3)"])
 @pytest.mark.parametrize("backend", TWINS)
 def test_decode_that_holds_back_evictions(backend: str, policy: str) -> None:
     """After several steps with evict=False, the next one evicts all that is too many."""

@@ -86,7 +86,14 @@ def loop_arguments(model: Model, policy: str) -> tuple[Any, tuple]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["full()", "h2o(budget=9)", "snapkv(budget=9, window=4, kernel=3)"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "h2o(budget=9)",
+        pytest.param("full()", marks=pytest.mark.slow),
+        pytest.param("snapkv(budget=9, window=4, kernel=3)", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loop_reuses_the_buffers_of_the_cache(policy: str) -> None:
     """Donation: XLA aliases at least as many bytes as the cache has, and the old arrays are gone."""
     model = hybrid("flax", "float32")
