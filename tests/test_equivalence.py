@@ -51,8 +51,9 @@ def test_logits_of_every_family(backend: str, dtype: str, model_type: str, seed:
 def test_prefill_and_decode_equal_the_full_forward(backend: str, model_type: str) -> None:
     spec, weights, tokens, expected = tiny(model_type, 1)
     model = backends.get(backend).build(spec, weights, "float64")
-    _, cached = model.step(tokens[:, :29], model.cache(batch=len(tokens), length=LENGTH))
+    cached = model.cache(batch=len(tokens), length=LENGTH)
     cached.expect(LENGTH - 29)
+    _, cached = model.step(tokens[:, :29], cached)
     for place in range(29, LENGTH):
         found, cached = model.step(tokens[:, place : place + 1], cached)
         assert drift(found[:, 0], expected[:, place]) <= EXACT

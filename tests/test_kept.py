@@ -26,6 +26,7 @@ EXAMPLES = [policies.spelling(one) for name in policies.names() for one in polic
 FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in policies.names()]
 # These look at nothing but positions: what the others show of the compiled step, they show again.
 PLAIN = [one for one in EXAMPLES if one.startswith(("random", "window")) and "reposition" not in one]
+BLIND = [*PLAIN, "full()", "keep_it_odd(budget=9)"]  # scores without rounding
 
 
 def _cases(chosen: Sequence[str], later: Callable[[str, str], bool]) -> list[Any]:
@@ -75,7 +76,10 @@ def test_replay_in_float64(backend: str, policy: str) -> None:
     _replay(backend, "float64", policy)
 
 
-@pytest.mark.parametrize(("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: policy not in FIRST))
+@pytest.mark.parametrize(
+    ("backend", "policy"),
+    _cases(EXAMPLES, lambda backend, policy: policy not in FIRST or (backend == "flax" and policy in BLIND)),
+)
 def test_replay_in_float32(backend: str, policy: str) -> None:
     """The same, against float64 decisions with the same weights: rounding may swap near ties."""
     _replay(backend, "float32", policy)
@@ -264,8 +268,13 @@ def test_memory_of_a_row_without_tokens_does_not_change(backend: str) -> None:
 # Calls of decode that are not one token with an eviction
 
 
-@pytest.mark.parametrize("policy", ["h2o(budget=9)", "window(budget=8, interval=3)"])
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize(
+    ("backend", "policy"),
+    _cases(
+        ["h2o(budget=9)", "window(budget=8, interval=3)", "key_norm(budget=9)"],
+        lambda backend, policy: backend == "flax" and "key_norm" in policy,
+    ),
+)
 def test_decode_that_holds_back_evictions(backend: str, policy: str) -> None:
     """After several steps with evict=False, the next one evicts all that is too many."""
     calls = [(prompts(), {})] + [(column(step), {"evict": step not in (1, 2, 3)}) for step in range(8)]
@@ -274,9 +283,12 @@ def test_decode_that_holds_back_evictions(backend: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["h2o(budget=9)", "h2o(budget=8, interval=4)", "window(budget=8, interval=3)"]
+    ("backend", "policy"),
+    _cases(
+        ["h2o(budget=9)", "h2o(budget=8, interval=4)", "window(budget=8, interval=3)"],
+        lambda backend, policy: backend == "flax" and "window" in policy,
+    ),
 )
-@pytest.mark.parametrize("backend", TWINS)
 def test_decode_calls_of_many_tokens(backend: str, policy: str) -> None:
     """A second turn whose tokens come in one call, after which one row is silent while evictions fall due."""
     rows = texts()
