@@ -300,3 +300,17 @@ def test_decode_calls_of_many_tokens(backend: str, policy: str) -> None:
     calls += [(many, {}), (np.where([[True], [True], [False]], column(40), -1), {}), (column(41), {})]
     for count in (2, 4, 6, len(calls)):
         _same(policy, backend, calls[:count])
+
+
+@pytest.mark.parametrize("backend", TWINS)
+def test_many_tokens_beside_a_silent_row_when_an_eviction_falls_due(backend: str) -> None:
+    """The silent row holds more than the buffers usually have room for, and keeps it until its own next eviction."""
+    rows = texts()
+    turn = np.stack([row[length : length + 11] for row, length in zip(rows, LENGTHS, strict=True)])
+    pair = np.stack([row[60:62] for row in rows])
+    silent = np.array([[True], [True], [False]])
+    calls = [(prompts(), {}), (turn, {})] + [(np.where(silent, pair, -1), {}) for _ in range(3)]
+    found = _same("h2o(budget=8, interval=4)", backend, calls)
+    assert (found.kept[0][2] >= 0).sum(-1).tolist() == [19, 19]
+    assert (found.kept[0][0] >= 0).sum(-1).tolist() == [8, 8]
+    _same("h2o(budget=8, interval=4)", backend, [*calls, *[(column(20 + step), {}) for step in range(4)]])
