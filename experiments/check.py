@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -101,7 +101,7 @@ def command(
     every = {name(one): one for one in found(policy)}
     results: dict[str, list[Result]] = {}
     for spelling, one in every.items():
-        results[spelling] = run(one, tier)  # type: ignore[arg-type]
+        results[spelling] = run(one, cast(Tier, tier))
         if not as_json:
             _show(spelling, results[spelling])
     if as_json:

@@ -60,7 +60,7 @@ def check_instance(policy: Policy, case: Case) -> Failure | None:
             f"{kind.__name__} is no dataclass, so its fields {own} are lost; expected @dataclass(frozen=True)"
         )
     loose = [each.name for each in fields(policy) if not each.compare]
-    if loose or not kind.__dataclass_params__.eq:  # type: ignore[attr-defined]
+    if loose or not inspect.getattr_static(kind, "__dataclass_params__").eq:
         return Failure(
             f"{kind.__name__} is compared without its fields {loose or own}, and a compiled step would take one policy "
             "for another; expected the dataclass's own __eq__ over all fields"

@@ -5,6 +5,7 @@ In every function `found` is the run under test and `expected` the one that is r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -279,10 +280,10 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def as_record(result: object) -> dict[str, object]:
+def as_record(result: Any) -> dict[str, object]:
     """A result as plain values for JSON; mismatches as text."""
     record: dict[str, object] = {}
-    for item in fields(result):  # type: ignore[arg-type]
+    for item in fields(result):
         value = getattr(result, item.name)
         record[item.name] = [str(one) for one in value] if isinstance(value, tuple) else value
     return record

@@ -147,8 +147,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
 def test_an_interrupted_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("before\n")
-    with pytest.raises(KeyboardInterrupt), record.whole(path) as temporary:  # noqa: PT012
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with record.whole(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "before\n"
     assert [each.name for each in tmp_path.iterdir()] == ["results.jsonl"]
