@@ -14,7 +14,8 @@ import typer
 
 from experiments.check_case import Failure, tiny_spec
 from framework.errors import KvtwinError
-from framework.policy import Policy, budgets, name, policies
+from framework.eviction import layer_budgets
+from framework.policy import Policy, name, policies
 
 Tier = Literal["rule", "model", "all"]
 TIERS = ("rule", "model", "all")
@@ -67,7 +68,7 @@ def found(text: str) -> list[Policy]:
         policy = policies.make(text)
         if policy.budget is not None:
             layers = len(policy.budget) if isinstance(policy.budget, tuple) else 1
-            budgets(policy, tiny_spec(layers))
+            layer_budgets(policy, tiny_spec(layers))
         return [policy]
     kind = policies.get(text)
     try:

@@ -14,18 +14,21 @@ import numpy as np
 
 from framework.arrays import keep
 from framework.errors import KvtwinError
-from framework.policy import (
+from framework.eviction import (
     UNLIMITED,
-    Policy,
-    View,
     alive,
-    attends,
+    heads_budgets,
     judge,
+    merged,
     noted,
+    repositioned,
+    streamed,
     survivors,
 )
+from framework.policy import Block, Policy, View, attends
+from framework.rope import angles
 from framework.shapes import EMPTY
-from framework.spec import Layer, ModelSpec
+from framework.spec import Layer, ModelSpec, Rope
 
 TOLERANCE = 1e-9  # of the largest score; float64 leaves 1e-15, sums in another order a little more
 SINGLE = 1e-5  # the same where a policy works in float32
@@ -60,14 +63,16 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a policy decided about one view, as NumPy."""
+    """What a policy decided about one view, as NumPy. `merged`: keys and values that stay, where it merges."""
 
     positions: np.ndarray
     scores: np.ndarray
     protected: np.ndarray
     living: np.ndarray
     kept: np.ndarray
+    budget: np.ndarray
     memory: dict[str, np.ndarray]
+    merged: tuple[np.ndarray, ...]
     single: bool  # scores came in less than float64
 
     @property
@@ -83,6 +88,7 @@ class Step:
     number: int
     budget: int
     view: View
+    block: Block | None
     outcome: Outcome
 
 
@@ -112,7 +118,8 @@ class Case:
 
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Keys, values [batch kv_heads all head_dim] and queries [batch kv_heads group all head_dim] by position."""
+        """What a layer makes of each token, by position: keys, values [batch kv_heads all head_dim], queries [batch
+        kv_heads group all head_dim], hidden [batch all dim], token ids; and its output projection."""
         random = np.random.default_rng([self.seed, self.tokens, self.batch])
         slots = (self.batch, self.kv_heads, self.slots, self.head_dim)
         queries = (self.batch, self.kv_heads, self.group, self.slots, self.head_dim)
@@ -120,7 +127,33 @@ class Case:
             "keys": random.standard_normal(slots),
             "values": random.standard_normal(slots),
             "queries": 2 * random.standard_normal(queries),
+            "hidden": random.standard_normal((self.batch, self.slots, self.spec.dim)),
+            "output": random.standard_normal((self.kv_heads, self.group, self.head_dim, self.spec.dim)),
+            "tokens": np.broadcast_to(
+                random.integers(0, self.spec.vocab, (self.batch, 1, self.slots)), slots[:3]
+            ).astype(np.int32),
         }
+
+    @property
+    def rope(self) -> Rope:
+        """The rotation of this layer."""
+        return Rope(theta=100.0, dim=self.head_dim)
+
+    @property
+    def layer(self) -> Layer:
+        """This layer's numbers."""
+        return Layer(
+            heads=self.kv_heads * self.group,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            rope=self.rope,
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """A model of two such layers."""
+        return replace(tiny_spec(), layers=(self.layer, self.layer))
 
     def budgets(self, policy: Policy) -> list[tuple[int, int | None]]:
         """Budgets with sliding windows: p, p + 1, T - 1, T, T + 1, and one in a layer with a window."""
@@ -152,6 +185,9 @@ class Case:
         ring = np.where(ring < 0, EMPTY, ring).astype(np.int32)
         every = self.arrays["queries"]
         queries = np.stack([every[row][:, :, np.maximum(ring[row], 0)] for row in range(self.batch)])
+        slots = {key: np.where(filled, _at(memory[key], positions), 0.0) for key in policy.memory}
+        heads = {key: memory[key] for key in policy.head_memory(self.layer)}
+        cos, sin = angles(self.rope, np.arange(self.slots + needs.ahead))
         return View(
             xp=libraries()["NumPy"],
             phase="decode" if before.any() else "prefill",
@@ -160,14 +196,31 @@ class Case:
             positions=positions,
             budget=np.full(positions.shape[:2], budget, np.int32),
             seen=seen,
-            memory={key: np.where(filled, _at(value, positions), 0.0) for key, value in memory.items()},
+            memory=slots | heads,
             queries=np.where(ring[:, None, None, :, None] >= 0, queries, 0.0) if needs.queries else None,
             query_positions=ring if needs.queries else None,
             sums=self._sums(positions, before, seen, window) if needs.sums else None,
+            tokens=np.where(filled, _at(self.arrays["tokens"], positions), 0) if needs.tokens else None,
+            output=self.arrays["output"] if needs.output else None,
+            cos=cos,
+            sin=sin,
+            constants=policy.constants(self.spec),
             scale=self.head_dim**-0.5,
             window=window,
+            repositions=policy.repositions,
             **streams,
         )
+
+    def block(self, policy: Policy, before: np.ndarray, seen: np.ndarray) -> Block | None:
+        """The tokens of a call, where the policy reads the stream."""
+        if not policy.needs.stream:
+            return None
+        places = np.arange(int((seen - before).max(initial=0)))
+        positions = np.where(places < (seen - before)[:, None], before[:, None] + places, EMPTY)
+        where = np.maximum(positions, 0)
+        queries = np.take_along_axis(self.arrays["queries"], where[:, None, None, :, None], axis=3)
+        hidden = np.take_along_axis(self.arrays["hidden"], where[..., None], axis=1)
+        return Block(positions.astype(np.int32), queries, hidden)
 
     def _sums(
         self, positions: np.ndarray, before: np.ndarray, seen: np.ndarray, window: int | None
@@ -189,15 +242,20 @@ class Case:
         """A prefill and decode steps in NumPy; every step keeps what the policy decided."""
         shape = (self.batch, self.kv_heads, self.slots)
         memory = {key: np.full(shape, start, np.float64) for key, start in policy.memory.items()}
+        memory |= {key: np.zeros((*shape[:2], *rest)) for key, rest in policy.head_memory(self.layer).items()}
         kept = np.full(shape, EMPTY, np.int32)
         before, seen = np.zeros(self.batch, np.int32), self.lengths
         for number in range(self.steps + 1):
             positions = _with(kept, before, seen)
             view = self.view(policy, positions, memory, before, seen, budget, window)
-            outcome = decided(policy, view)
-            yield Step(number, budget, view, outcome)
-            for key, value in memory.items():
-                _put(value, positions, outcome.memory[key])
+            block = self.block(policy, before, seen)
+            outcome = decided(policy, view, block)
+            yield Step(number, budget, view, block, outcome)
+            for key, value in outcome.memory.items():
+                if key in policy.memory:
+                    _put(memory[key], positions, value)
+                else:
+                    memory[key] = value
             kept, before, seen = outcome.kept, seen, seen + 1
 
     def every(self, policy: Policy) -> Iterator[Step]:
@@ -237,21 +295,12 @@ def _with(kept: np.ndarray, before: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return positions
 
 
-def decided(policy: Policy, view: View) -> Outcome:
-    """Note, score, protected and survivors on the view's own library, brought back to NumPy.
+def decided(policy: Policy, view: View, block: Block | None) -> Outcome:
+    """What the hooks and the rule make of a view on its own library, brought back to NumPy.
 
     Raises KvtwinError where the policy fails or scores a token NaN or infinite.
     """
-    memory, scores, protected, living, kept = decide(policy, view)
-    outcome = Outcome(
-        positions=to_numpy(view.positions),
-        scores=to_numpy(scores).astype(np.float64),
-        protected=to_numpy(protected),
-        living=to_numpy(living),
-        kept=to_numpy(kept),
-        memory={key: to_numpy(value) for key, value in memory.items()},
-        single=to_numpy(scores).dtype in (np.float32, np.float16),
-    )
+    outcome = outcome_of(view.positions, decide(policy, view, block))
     wrong = np.argwhere(~np.isfinite(outcome.scores) & (outcome.positions >= 0))
     if len(wrong):
         row, head, slot = wrong[0]
@@ -263,14 +312,41 @@ def decided(policy: Policy, view: View) -> Outcome:
     return outcome
 
 
-def decide(policy: Policy, view: View) -> tuple[Any, Any, Any, Any, Any]:
+def decide(policy: Policy, view: View, block: Block | None) -> dict[str, Any]:
+    """All hooks of one call and eviction, in the arrays of the view's library."""
     xp = view.xp
-    view = noted(policy, view)
+    view = remembered(policy, view, block)
     scores, protected = judge(policy, view)
+    budget = heads_budgets(policy, view, scores)
     marked = xp.zeros_like(view.filled) if protected is None else protected & view.filled
     living = alive(view.positions, view.seen, view.window)
-    index = survivors(xp, scores, protected, living, view.budget, view.positions.shape[-1])
-    return view.memory, scores, marked, living, keep(xp, view.positions, index, EMPTY)
+    index = survivors(xp, scores, protected, living, budget, view.positions.shape[-1])
+    return {
+        "scores": scores,
+        "protected": marked,
+        "living": living,
+        "kept": keep(xp, view.positions, index, EMPTY),
+        "budget": budget,
+        "memory": dict(view.memory),
+        "merged": merged(policy, view, index) if policy.merges else (),
+    }
+
+
+def remembered(policy: Policy, view: View, block: Block | None) -> View:
+    """The view after attention: keys as the model uses them, and the memory after `stream` and `note`."""
+    if policy.repositions:
+        view = repositioned(view)
+    return noted(policy, view if block is None else streamed(policy, view, block))
+
+
+def outcome_of(positions: Any, values: dict[str, Any]) -> Outcome:
+    """What `decide` gave, as NumPy."""
+    memory = {key: to_numpy(value) for key, value in values["memory"].items()}
+    blended = tuple(to_numpy(value) for value in values["merged"])
+    arrays = {key: to_numpy(value) for key, value in values.items() if key not in ("memory", "merged")}
+    single = arrays["scores"].dtype in (np.float32, np.float16)
+    arrays["scores"] = arrays["scores"].astype(np.float64)
+    return Outcome(positions=to_numpy(positions), memory=memory, merged=blended, single=single, **arrays)
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -278,14 +354,22 @@ def to_numpy(x: Any) -> np.ndarray:
     return np.array(x)
 
 
-ARRAYS = ("positions", "budget", "seen", "keys", "values", "queries", "query_positions", "sums")
+ROWS = ("positions", "budget", "seen", "keys", "values", "queries", "query_positions", "sums", "tokens")
+ARRAYS = (*ROWS, "output", "cos", "sin")
+MAPS = ("memory", "constants")
+STATIC = ("phase", "layer", "layers", "scale", "window", "repositions")
 
 
 def moved(view: View, xp: Any) -> View:
     """The view in the arrays of another library."""
     arrays = {key: xp.asarray(value) for key in ARRAYS if (value := getattr(view, key)) is not None}
-    memory = {key: xp.asarray(value) for key, value in view.memory.items()}
-    return replace(view, xp=xp, memory=memory, **arrays)
+    maps: dict[str, Any] = {key: {k: xp.asarray(v) for k, v in getattr(view, key).items()} for key in MAPS}
+    return replace(view, xp=xp, **arrays, **maps)
+
+
+def moved_block(block: Block | None, xp: Any) -> Block | None:
+    """The block in the arrays of another library."""
+    return block and Block(*(xp.asarray(value) for value in vars(block).values()))
 
 
 # What a policy keeps by the words of the contract, and how two outcomes differ.
@@ -302,8 +386,9 @@ def ranking(outcome: Outcome, row: int, head: int) -> list[int]:
     return sorted(slots.tolist(), key=key, reverse=True)
 
 
-def expected(outcome: Outcome, row: int, head: int, budget: int) -> list[int]:
-    """Positions that stay under this budget, rising."""
+def expected(outcome: Outcome, row: int, head: int) -> list[int]:
+    """Positions that stay, rising."""
+    budget = int(outcome.budget[row, head])
     return sorted(outcome.positions[row, head, ranking(outcome, row, head)[:budget]].tolist())
 
 
@@ -347,7 +432,12 @@ def difference(
                     "got": sorted(b[:shown]),
                 },
             )
+        if ours.budget[row, head] != theirs.budget[row, head]:
+            budgets = {"expected": int(ours.budget[row, head]), "got": int(theirs.budget[row, head])}
+            return "gives another budget", where, budgets
         for key, value in ours.memory.items():
+            if value.shape[2:] != ours.positions.shape[2:]:
+                continue
             mine = dict(zip(ours.positions[row, head].tolist(), value[row, head].tolist(), strict=True))
             its = dict(
                 zip(theirs.positions[row, head].tolist(), theirs.memory[key][row, head].tolist(), strict=True)
@@ -364,6 +454,35 @@ def difference(
                         "got": short([its.get(place, np.nan) for place in sorted(a)]),
                     },
                 )
+    return _other_numbers(ours, theirs, tolerance)
+
+
+def _other_numbers(
+    ours: Outcome, theirs: Outcome, tolerance: float
+) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+    """The first head memory, or merged key or value, that differs by more than rounding."""
+    pairs = {
+        f"{key!r}": (value, theirs.memory[key])
+        for key, value in ours.memory.items()
+        if value.shape[2:] != ours.positions.shape[2:]
+    }
+    pairs |= dict(
+        zip(("merged keys", "merged values"), zip(ours.merged, theirs.merged, strict=True), strict=False)
+    )
+    for key, (one, other) in pairs.items():
+        if "merged" in key:
+            slots = min(one.shape[2], other.shape[2])
+            one, other = one[:, :, :slots], other[:, :, :slots]
+        room = tolerance * float(np.abs(one).max(initial=0))
+        wrong = np.argwhere(~(np.abs(one - other) <= room))
+        if len(wrong):
+            place = tuple(wrong[0].tolist())
+            where = {"row": place[0], "head": place[1]}
+            return (
+                f"other numbers in {key}",
+                where,
+                {"expected": float(one[place]), "got": float(other[place])},
+            )
     return None
 
 
@@ -391,8 +510,6 @@ def least_budget(policy: Policy) -> int:
 
 def tiny_spec(layers: int = 2, window: int = 5) -> ModelSpec:
     """A decoder whose second layer has a sliding window."""
-    from framework.spec import Rope
-
     head = Layer(heads=6, kv_heads=2, head_dim=4, scale=0.5, rope=Rope(theta=100.0, dim=4))
     return ModelSpec(
         family="llama", vocab=29, dim=10, ffn=14, norm_eps=1e-6, positions=512,

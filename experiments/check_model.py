@@ -200,7 +200,8 @@ def check_reference(policy: Policy) -> Failure | None:
             for layer, kept in enumerate(moment.kept):
                 # A row that is silent when the others evict holds what it gathered until the next eviction.
                 most = int((np.delete(kept, SILENT, axis=0) >= 0).sum(-1).max())
-                if isinstance(one.budget, int) and most > one.budget + one.interval - 1:
+                limit = one.most(one.budget, layer, tiny_spec()) if isinstance(one.budget, int) else most
+                if most > limit + one.interval - 1:
                     where = {"library": "reference", "layer": layer, "step": step}
                     return Failure(f"{most} tokens are held at budget {one.budget}", where)
     return None

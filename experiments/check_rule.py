@@ -19,6 +19,9 @@ import numpy as np
 
 from experiments.check_case import (
     ARRAYS,
+    MAPS,
+    ROWS,
+    STATIC,
     STRICT,
     Case,
     Failure,
@@ -33,21 +36,16 @@ from experiments.check_case import (
     least_budget,
     libraries,
     moved,
+    moved_block,
+    outcome_of,
+    remembered,
     short,
     tiny_spec,
     to_numpy,
 )
 from framework.errors import KvtwinError
-from framework.policy import (
-    Policy,
-    View,
-    alive,
-    budgets,
-    judge,
-    noted,
-    policies,
-    weakest,
-)
+from framework.eviction import alive, judge, layer_budgets, overwrites, weakest
+from framework.policy import Block, Policy, View, policies
 from framework.shapes import EMPTY
 
 
@@ -96,7 +94,7 @@ def check_portable(policy: Policy, case: Case) -> Failure | None:
 
 def _on(xp: Any, steps: list[Step], policy: Policy) -> list[Outcome]:
     static = replace(policy, budget=None)
-    return [decided(static, moved(step.view, xp)) for step in steps]
+    return [decided(static, moved(step.view, xp), moved_block(step.block, xp)) for step in steps]
 
 
 def _running(policy: Policy, library: str, what: Callable[[], Any]) -> Failure | None:
@@ -174,20 +172,14 @@ def _compiled(policy: Policy, steps: list[Step]) -> tuple[list[Outcome], int]:
     with jax.enable_x64(True):
         for step in steps:
             view = step.view
-            arrays = {key: getattr(view, key) for key in ARRAYS}
-            static = (view.phase, view.layer, view.layers, view.scale, view.window)
+            static = tuple(getattr(view, key) for key in STATIC)
+            arrays = {key: getattr(view, key) for key in ARRAYS} | {
+                key: dict(getattr(view, key)) for key in MAPS
+            }
             fresh = replace(policy, budget=None)  # an equal instance, not the same one
-            memory, scores, protected, living, kept = function(fresh, static, arrays, dict(view.memory))
-            arrays = {"scores": scores, "protected": protected, "living": living, "kept": kept}
-            outcomes.append(_outcome(arrays | {"positions": view.positions, "memory": memory}))
+            block = step.block and tuple(vars(step.block).values())
+            outcomes.append(outcome_of(view.positions, function(fresh, static, arrays, block)))
     return outcomes, len(traces) - before
-
-
-def _outcome(values: dict[str, Any]) -> Outcome:
-    memory = {key: to_numpy(value) for key, value in values.pop("memory").items()}
-    arrays = {key: to_numpy(value) for key, value in values.items()}
-    single = arrays["scores"].dtype in (np.float32, np.float16)
-    return Outcome(**arrays | {"scores": arrays["scores"].astype(np.float64)}, memory=memory, single=single)
 
 
 @functools.cache
@@ -198,10 +190,10 @@ def _jitted() -> tuple[Callable, list]:
     traces: list[Any] = []
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def function(policy: Policy, static: tuple, arrays: dict, memory: dict) -> Any:
+    def function(policy: Policy, static: tuple, arrays: dict, block: tuple | None) -> Any:
         traces.append(static)
-        rest = dict(zip(("phase", "layer", "layers", "scale", "window"), static, strict=True))
-        return decide(policy, View(xp=libraries()["jax"], memory=memory, **rest, **arrays))
+        view = View(xp=libraries()["jax"], **dict(zip(STATIC, static, strict=True)), **arrays)
+        return decide(policy, view, Block(*block) if block else None)
 
     return function, traces
 
@@ -227,7 +219,7 @@ def check_survivors(policy: Policy, case: Case) -> Failure | None:
     """The kept set is what the words of the contract say, and as large as the budget allows."""
     for step in case.record(policy):
         for row, head in np.ndindex(step.view.positions.shape[:2]):
-            words, got = expected(step.outcome, row, head, step.budget), kept_of(step.outcome, row, head)
+            words, got = expected(step.outcome, row, head), kept_of(step.outcome, row, head)
             if words != got:
                 positions, scores = step.outcome.positions[row, head], step.outcome.scores[row, head]
                 return Failure(
@@ -270,11 +262,11 @@ def check_budgets(policy: Policy, case: Case) -> Failure | None:
     spec = tiny_spec(layers=1)
     for budget in (least, least + 1, case.tokens - 1, case.tokens, case.tokens + 1):
         try:
-            budgets(replace(policy, budget=budget), spec)
+            layer_budgets(replace(policy, budget=budget), spec)
         except KvtwinError as error:
             return Failure(f"budget {budget} is refused, and {least} is not: {error}")
     try:
-        budgets(replace(policy, budget=least - 1), spec)
+        layer_budgets(replace(policy, budget=least - 1), spec)
     except KvtwinError:
         return None
     return Failure(f"budget {least - 1} is accepted; expected a refusal below {least}, what it protects")
@@ -335,19 +327,22 @@ def check_repeats(policy: Policy, case: Case) -> Failure | None:
 
 def check_slot_order(policy: Policy, case: Case) -> Failure | None:
     """`note` works slot by slot in any order; under `order_free` so does `score`."""
-    if not (policy.order_free or policy.memory):
+    if not (policy.order_free or policy.memory or policy.head_memory(case.layer)):
         return None
     static, random = replace(policy, budget=None), np.random.default_rng(case.seed)
     for step in case.record(policy):
         order = shuffled(policy, step.view.positions.shape, random)
-        view = reordered(step.view, order)
+        view = reordered(policy, step.view, order)
         try:
             outcome = (
-                decided(static, view) if policy.order_free else _only_noted(static, view, step.outcome, order)
+                decided(static, view, step.block)
+                if policy.order_free
+                else _only_noted(static, view, step, order)
             )
         except KvtwinError as error:
             return broken(policy, error, "NumPy")
-        found = difference(step.outcome, outcome, step.budget)
+        # What merges lies in position order, which these slots do not.
+        found = difference(replace(step.outcome, merged=()), replace(outcome, merged=()), step.budget)
         what = (
             "slots in another order, which order_free promises not to matter"
             if policy.order_free
@@ -358,7 +353,7 @@ def check_slot_order(policy: Policy, case: Case) -> Failure | None:
     return None
 
 
-def reordered(view: View, order: np.ndarray) -> View:
+def reordered(policy: Policy, view: View, order: np.ndarray) -> View:
     """The view with its slots permuted."""
 
     def take(x: Any) -> Any:
@@ -366,8 +361,9 @@ def reordered(view: View, order: np.ndarray) -> View:
             return None
         return np.take_along_axis(x, order if x.ndim == 3 else order[..., None], axis=2)
 
-    arrays = {key: take(getattr(view, key)) for key in ("positions", "keys", "values", "sums")}
-    return replace(view, memory={key: take(value) for key, value in view.memory.items()}, **arrays)
+    arrays = {key: take(getattr(view, key)) for key in ("positions", "keys", "values", "sums", "tokens")}
+    memory = {key: take(value) if key in policy.memory else value for key, value in view.memory.items()}
+    return replace(view, memory=memory, **arrays)
 
 
 def shuffled(policy: Policy, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
@@ -376,13 +372,14 @@ def shuffled(policy: Policy, shape: tuple[int, ...], random: np.random.Generator
     return np.broadcast_to(random.permuted(np.broadcast_to(np.arange(shape[2]), heads), axis=-1), shape)
 
 
-def _only_noted(policy: Policy, view: View, outcome: Outcome, order: np.ndarray) -> Outcome:
-    """The outcome, permuted, with the memory that `note` gives in this order."""
+def _only_noted(policy: Policy, view: View, step: Step, order: np.ndarray) -> Outcome:
+    """The outcome of the step, permuted, with the memory that `stream` and `note` give in this order."""
     arrays: dict[str, Any] = {
-        key: np.take_along_axis(getattr(outcome, key), order, axis=2)
+        key: np.take_along_axis(getattr(step.outcome, key), order, axis=2)
         for key in ("positions", "scores", "protected", "living")
     }
-    return replace(outcome, memory={k: to_numpy(v) for k, v in noted(policy, view).memory.items()}, **arrays)
+    memory = remembered(policy, view, step.block).memory
+    return replace(step.outcome, memory={key: to_numpy(value) for key, value in memory.items()}, **arrays)
 
 
 def check_empty_slots(policy: Policy, case: Case) -> Failure | None:
@@ -404,9 +401,13 @@ def check_empty_slots(policy: Policy, case: Case) -> Failure | None:
         arrays = {key: stale(getattr(view, key), filled) for key in ("keys", "values")}
         # What a slot received from this call is 0 where it is empty.
         sums = None if view.sums is None else np.pad(view.sums, ((0, 0), (0, 0), (0, 2)))
-        memory = {key: stale(value, filled) for key, value in view.memory.items()}
+        memory = {
+            key: stale(value, filled) if key in policy.memory else value for key, value in view.memory.items()
+        }
+        ids = None if view.tokens is None else np.pad(view.tokens, ((0, 0), (0, 0), (0, 2)))
+        wide = replace(view, positions=positions, memory=memory, sums=sums, tokens=ids, **arrays)
         try:
-            outcome = decided(static, replace(view, positions=positions, memory=memory, sums=sums, **arrays))
+            outcome = decided(static, wide, step.block)
         except KvtwinError as error:
             return broken(policy, error, "NumPy")
         found = difference(step.outcome, outcome, step.budget)
@@ -421,14 +422,16 @@ def check_batch(policy: Policy, case: Case) -> Failure | None:
     for step in case.record(policy):
         for row in range(case.batch):
             view, only = step.view, slice(row, row + 1)
-            arrays = {key: x[only] for key in ARRAYS if (x := getattr(view, key)) is not None}
+            arrays = {key: x[only] for key in ROWS if (x := getattr(view, key)) is not None}
             alone = replace(view, memory={key: x[only] for key, x in view.memory.items()}, **arrays)
+            block = step.block and Block(*(x[only] for x in vars(step.block).values()))
             try:
-                outcome = decided(static, alone)
+                outcome = decided(static, alone, block)
             except KvtwinError as error:
                 return broken(policy, error, "NumPy")
-            fields = ("positions", "scores", "protected", "living", "kept")
-            cut = {key: getattr(step.outcome, key)[only] for key in fields}
+            fields = ("positions", "scores", "protected", "living", "kept", "budget")
+            cut: dict[str, Any] = {key: getattr(step.outcome, key)[only] for key in fields}
+            cut["merged"] = tuple(x[only] for x in step.outcome.merged)
             memory = {key: x[only] for key, x in step.outcome.memory.items()}
             found = difference(replace(step.outcome, memory=memory, **cut), outcome, step.budget)
             if found:
@@ -456,12 +459,12 @@ def check_shared(policy: Policy, case: Case) -> Failure | None:
 
 def check_overwrite(policy: Policy, case: Case) -> Failure | None:
     """Under `order_free` emptying the weakest slot keeps what a compaction keeps."""
-    if not policy.order_free:
+    if not overwrites(replace(policy, interval=1), True):
         return None
     static, random = replace(policy, budget=None), np.random.default_rng(case.seed)
     for step in case.record(policy):
         order = shuffled(policy, step.view.positions.shape, random)
-        view = noted(static, reordered(step.view, order))
+        view = remembered(static, reordered(policy, step.view, order), step.block)
         scores, protected = judge(static, view)
         living = alive(view.positions, view.seen, view.window)
         slot = weakest(view.xp, scores, view.positions, protected, living)
@@ -471,7 +474,10 @@ def check_overwrite(policy: Policy, case: Case) -> Failure | None:
                 continue
             left = sorted(set(held[held >= 0].tolist()) - {int(held[slot[row, head]])})
             kept = kept_of(step.outcome, row, head)
-            if left != kept and difference(step.outcome, decided(static, view), step.budget) is None:
+            if left == kept:
+                continue
+            again = decided(static, reordered(policy, step.view, order), step.block)
+            if difference(step.outcome, again, step.budget) is None:
                 return Failure(
                     "overwriting the weakest slot keeps other tokens than compaction",
                     {"library": "NumPy", "step": step.number, "row": row, "head": head},

@@ -51,7 +51,7 @@ class Settings:
 
     def spellings(self) -> list[str]:
         """The policies, each at its budgets; the full cache, which all are compared with, first."""
-        full = [name for name in policies.names() if not policies.get(name).evicts]
+        full = [name for name in policies.names() if not policies.get(name).examples()[0].evicts]
         names = self.names or tuple(name for name in policies.names() if name not in full)
         return [f"{name}()" for name in full[:1]] + [
             f"{name}(budget={budget})" for name in names for budget in self.budgets

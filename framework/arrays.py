@@ -4,6 +4,8 @@ Every function takes the namespace `xp` first (array-api-compat's NumPy or torch
 nothing outside the standard, except `torch.gather`, four times faster than take_along_axis through array-api-compat.
 """
 
+import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +60,19 @@ def softmax(
     return e / xp.where(total == 0, 1.0, total)
 
 
+def standardised(
+    xp: Namespace, x: Float[Array, "batch kv_heads slots"], mask: Bool[Array, "batch kv_heads slots"]
+) -> Float[Array, "batch kv_heads slots"]:
+    """z-scores: x less its mean, over its standard deviation (n - 1), both over the masked entries of each row."""
+    count = xp.sum(xp.astype(mask, x.dtype), axis=(1, 2), keepdims=True)
+    mean = xp.sum(xp.where(mask, x, 0.0), axis=(1, 2), keepdims=True) / xp.where(count == 0, 1.0, count)
+    apart = xp.where(mask, x - mean, 0.0)
+    deviation = xp.sqrt(
+        xp.sum(apart * apart, axis=(1, 2), keepdims=True) / xp.where(count < 2, 1.0, count - 1)
+    )
+    return apart / xp.where(deviation < 1e-6, 1e-6, deviation)
+
+
 def pool(
     xp: Namespace, x: Float[Array, "*axes slots"], kernel: int, maximum: bool = False
 ) -> Float[Array, "*axes slots"]:
@@ -77,3 +92,31 @@ def by_position(
 ) -> Int[Array, "batch kv_heads slots"]:
     """Index that puts the slots in position order, the empty ones last."""
     return xp.argsort(xp.where(positions < 0, FAR, positions), axis=-1)
+
+
+def blocks(
+    xp: Namespace, f: Callable[[Array], Array], x: Array, size: int, axis: int, out: int
+) -> Shaped[Array, "*result"]:
+    """`f` over `x` in pieces of at most `size` along `axis`, joined along axis `out` of the results.
+
+    For what would be too large at once. One piece has the shape of every other: the last one is padded with zeros, and
+    what `f` makes of them is cut off. In jax one loop is compiled, not one piece after the other.
+    """
+    total = x.shape[axis]
+    if total <= size:
+        return f(x)
+    count = -(-total // size)
+    pad = xp.zeros(
+        (*x.shape[:axis], count * size - total, *x.shape[axis + 1 :]), dtype=x.dtype, device=device(x)
+    )
+    x = xp.concat([x, pad], axis=axis)
+    x = xp.reshape(x, (*x.shape[:axis], count, size, *x.shape[axis + 1 :]))
+    pieces = xp.moveaxis(x, axis, 0)
+    library = sys.modules[xp.__name__.partition(".")[0]]  # imported already, since xp is part of it
+    if hasattr(library, "lax"):
+        made = library.lax.map(f, pieces)
+    else:
+        made = xp.stack([f(pieces[piece, ...]) for piece in range(count)])
+    made = xp.moveaxis(made, 0, out)
+    made = xp.reshape(made, (*made.shape[:out], count * size, *made.shape[out + 2 :]))
+    return made[(slice(None),) * out + (slice(0, total), ...)]

@@ -4,6 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ from jaxtyping import Bool, Float, Int
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
-from framework.policy import Phase, Policy, budgets, limit, policies
+from framework.eviction import check_policy, layer_budgets, limit, remembers
+from framework.policy import Phase, Policy, policies
+from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
 from framework.spec import ModelSpec
 from framework.tokenizer import Tokenizer
@@ -46,19 +49,23 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Decision:
-    """One eviction of one layer as a backend decided it: the slots it saw, what decided, and the positions it chose."""
+    """One eviction of one layer as a backend decided it: the slots it saw, what decided, and the positions it chose.
+
+    `budget` is what each head was to keep.
+    """
 
     layer: int
     positions: Int[np.ndarray, "batch kv_heads slots"]
     scores: Float[np.ndarray, "batch kv_heads slots"]
     protected: Bool[np.ndarray, "batch kv_heads slots"]
     kept: Int[np.ndarray, "batch kv_heads kept"]
+    budget: Int[np.ndarray, "batch kv_heads"]
 
 
 class Cache(ABC):
     """The keys and values of a batch of sequences, under one policy and one codec.
 
-    `budgets`: tokens kept per kv head in each layer, None where no budget holds.
+    `budgets`: tokens kept by each kv head in each layer, None where no budget holds.
 
     A step consumes its cache: the one that it returns replaces it, and using the old one raises. Rows are sequences;
     a row advances only by the real tokens that it is given.
@@ -67,7 +74,7 @@ class Cache(ABC):
     spec: ModelSpec
     policy: Policy
     codec: Codec
-    budgets: tuple[int | None, ...]
+    budgets: list[Int[np.ndarray, "batch kv_heads"] | None]
     capacity: int | None
     length: int | None
     steps: int
@@ -125,12 +132,45 @@ class Cache(ABC):
     def rows(self, index: Sequence[int]) -> "Cache":
         """A new cache with these rows, in this order; the old one stays usable."""
 
-    @abstractmethod
     def roll_back(self, count: int) -> "Cache":
         """The cache as if the last `count` tokens of every row had never come, consuming this one.
 
         Refused where something was lost: an eviction since then, or a policy whose memory or queries cannot be undone.
         """
+        self.check_roll_back(count)
+        result = self.until(self.seen - count)
+        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
+        self.consume()
+        return result
+
+    @abstractmethod
+    def until(self, seen: Int[np.ndarray, "batch"]) -> "Cache":
+        """A copy without the tokens from these positions on; what the policy remembers of the others stays as it is."""
+
+    @property
+    @abstractmethod
+    def last_eviction(self) -> Int[np.ndarray, "batch"]:
+        """What `seen` was when a token of the row was last evicted, 0 where none was."""
+
+    def limit(self, index: int) -> int | None:
+        """Most tokens that a head of this layer can hold after an eviction; None where nothing is ever evicted."""
+        budget = self.budgets[index]
+        most = None
+        if budget is not None:
+            most = max(self.policy.most(int(one), index, self.spec) for one in np.unique(budget))
+        return limit(most, self.spec.layers[index].window)
+
+    def allot(self, statistics: Sequence[Float[np.ndarray, "batch"]]) -> None:
+        """Share the budgets among the layers as the policy says."""
+        asked = np.stack([one.max(axis=1) for one in self.budgets if one is not None])
+        given = self.policy.allocate(np.stack(statistics).astype(np.float64), asked, self.seen)
+        if given.shape != asked.shape or given.dtype.kind != "i" or (given < 1).any():
+            raise KvtwinError(
+                f"policy {policies.spelling(self.policy)}: allocate returned {given.dtype} of shape {given.shape}, "
+                f"at least {given.min()}; expected integers of shape {asked.shape}, at least 1"
+            )
+        pairs = zip(given.astype(np.int32), self.spec.layers, strict=True)
+        self.budgets = [np.repeat(each[:, None], layer.kv_heads, axis=1) for each, layer in pairs]
 
     def expect(self, tokens: int) -> None:
         """Announce how many tokens will follow the next call, so that fixed-size buffers are allocated once."""
@@ -143,8 +183,7 @@ class Cache(ABC):
     def admit(self, given: Int[np.ndarray, "batch"]) -> Int[np.ndarray, "batch"]:
         """What the rows will have seen with this many more tokens; raises where that exceeds a declared capacity."""
         after = (self.seen + given).astype(np.int32)
-        pairs = zip(self.budgets, self.spec.layers, strict=True)
-        unbounded = any(limit(budget, layer.window) is None for budget, layer in pairs)
+        unbounded = any(self.limit(index) is None for index in range(len(self.spec.layers)))
         if self.capacity is not None and unbounded and after.max() > self.capacity:
             raise KvtwinError(f"{after.max()} tokens exceed the capacity {self.capacity} of the cache")
         return after
@@ -155,7 +194,7 @@ class Cache(ABC):
         `steps` are the decode calls since the last prefill, and matter only under an interval, so that elsewhere they
         stay 0. `singles` are the last of them whose number is known from the tokens alone.
         """
-        if phase == "prefill" or self.policy.interval == 1:
+        if phase != "decode" or self.policy.interval == 1:
             return 0, 0
         return self.steps + calls, self.singles + calls if single and not self.pending else 0
 
@@ -176,9 +215,9 @@ class Cache(ABC):
                 f"rows {list(index)} of a cache with batch {self.batch}; expected indices below {self.batch}"
             )
 
-    def check_roll_back(self, count: int, seen: np.ndarray, dropped: np.ndarray) -> None:
+    def check_roll_back(self, count: int) -> None:
         """Raises unless the last `count` tokens can be taken back without a trace."""
-        needs = self.policy.needs
+        seen, dropped, queries = self.seen, self.last_eviction, self.policy.needs.queries
         if count < 0 or (count > seen).any():
             raise KvtwinError(f"cannot roll back {count} tokens: the rows have seen {seen.tolist()}")
         if not count:
@@ -188,8 +227,8 @@ class Cache(ABC):
                 f"cannot roll back {count} tokens: tokens were evicted within them, and what is dropped is gone; "
                 "fork() before the part that may be taken back"
             )
-        if self.policy.memory or needs.queries:
-            what = "memory" if self.policy.memory else "newest queries"
+        if queries or remembers(self.policy, self.spec):
+            what = "newest queries" if queries else "memory"
             raise KvtwinError(
                 f"cannot roll back under {policies.spelling(self.policy)}: its {what} cannot be undone; "
                 "fork() before the part that may be taken back"
@@ -223,7 +262,6 @@ class Model(ABC):
         `length`: the final number of tokens when known; the angles of dynamic rope scaling depend on it.
         """
 
-    @abstractmethod
     def step(
         self,
         tokens: Int[np.ndarray, "batch tokens"] | Sequence[Sequence[int]],
@@ -247,6 +285,49 @@ class Model(ABC):
         call evicts. `decisions`: a list that receives one entry per layer when this call evicts. `taps`: a dict that
         receives the named values inside the model, in order.
         """
+        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
+        cache = cache or self.cache(batch=len(tokens))
+        phase = phase or ("decode" if cache.seen.any() else "prefill")
+        call = partial(self.run, forced=forced, decisions=decisions)
+        whole = phase == "prefill" or cache.pending
+        if not (cache.policy.allocates and whole and evict):
+            return call(tokens, cache, logits=logits, phase=phase, evict=evict, taps=taps)
+        statistics: list[np.ndarray] = []
+        out, cache = self.run(
+            tokens, cache, logits=logits, phase=phase, evict=False, taps=taps, statistics=statistics
+        )
+        cache.allot(statistics)
+        _, cache = call(np.full((cache.batch, 1), EMPTY, np.int32), cache, logits=None, phase="prefill")
+        return out, cache
+
+    @abstractmethod
+    def run(
+        self,
+        tokens: Int[np.ndarray, "batch tokens"],
+        cache: Any,
+        *,
+        logits: Literal["last", "all"] | None = "last",
+        phase: Phase,
+        evict: bool = True,
+        forced: Sequence[np.ndarray] | None = None,
+        decisions: list[Decision] | None = None,
+        taps: dict[str, np.ndarray] | None = None,
+        statistics: list[np.ndarray] | None = None,
+    ) -> tuple[Any, Any]:
+        """`step` with everything decided: one call of the backend. `statistics` receives one [batch] per layer."""
+
+    def read(self, tokens: Int[np.ndarray, "batch tokens"], cache: Cache) -> Cache:
+        """Let the policy see these tokens behind the cache, in the phase "pass", and forget them again.
+
+        What it remembers of the tokens in the cache stays; -1 is padding. Consumes the cache.
+        """
+        tokens, seen = read_tokens(tokens, self.spec, cache.batch), cache.seen
+        held = cache.pending
+        _, cache = self.run(tokens, cache, logits=None, phase="pass", evict=False)
+        result = cache.until(seen)
+        result.pending = held
+        cache.consume()
+        return result
 
     @abstractmethod
     def decode(
@@ -312,15 +393,14 @@ class Backend(ABC):
             )
 
 
-def read_policy(policy: str | Policy, spec: ModelSpec) -> tuple[Policy, tuple[int | None, ...]]:
+def read_policy(
+    policy: str | Policy, spec: ModelSpec, batch: int
+) -> tuple[Policy, list[Int[np.ndarray, "batch kv_heads"] | None]]:
     """The policy, made from its spelling, and the budgets of the layers."""
     made = policies.make(policy) if isinstance(policy, str) else policy
-    each = budgets(made, spec)
-    if made.repositions and made.needs.queries:
-        raise KvtwinError(
-            f"policy {policies.spelling(made)} repositions and reads queries; expected one of the two"
-        )
-    return made, each
+    check_policy(made, spec)
+    each = layer_budgets(made, spec)
+    return made, [None if heads is None else np.array([heads] * batch, np.int32) for heads in each]
 
 
 def read_codec(codec: str | Codec) -> Codec:

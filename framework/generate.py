@@ -15,7 +15,8 @@ from framework.backend import Bytes, Cache, Model
 from framework.codec import Codec
 from framework.decode import Sampling
 from framework.errors import KvtwinError
-from framework.policy import Policy, policies, resolved
+from framework.eviction import resolved
+from framework.policy import Policy, policies
 
 Chat = Sequence[Mapping[str, str]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Chat | Sequence[Chat]
@@ -175,17 +176,33 @@ def prefill(
     if cache is None:
         made = policies.make(policy) if isinstance(policy, str) else policy
         cache = model.cache(resolved(made, longest), codec, len(rows), length=length)
-    padded = np.array([row + [-1] * (longest - len(row)) for row in rows], np.int32)
+    padded = _padded(rows)
     cache.expect(new_tokens)
+    again = [cache.policy.passes(row, model.tokenizer.encode) for row in rows]
+    if any(again) and evict == "chunk":
+        raise KvtwinError(
+            f'{policies.spelling(cache.policy)} reads the whole prompt a second time; expected evict="prompt"'
+        )
     logits = np.zeros((len(rows), model.spec.vocab))
     size = chunk or longest
     for start in range(0, longest, size):
         part = padded[:, start : start + size]
-        last = start + size >= longest
+        last = start + size >= longest and not any(again)
         out, cache = model.step(part, cache, phase="prefill", evict=last or evict == "chunk")
         came = (part >= 0).any(axis=1, keepdims=True)
         logits = np.where(came, out[:, 0], logits).astype(out.dtype)
+    for number in range(max(map(len, again))):
+        parts = [row[number] if number < len(row) else [] for row in again]
+        cache = model.read(_padded(parts), cache)
+    if any(again):
+        _, cache = model.step(_padded([[]] * len(rows)), cache, logits=None, phase="prefill")
     return cache, logits
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of ids as one array, -1 on the right, at least one column."""
+    wide = max(1, max(map(len, rows)))
+    return np.array([[*row] + [-1] * (wide - len(row)) for row in rows], np.int32)
 
 
 def _bar(shown: bool) -> Progress:

@@ -1,26 +1,25 @@
 """A cache policy: the rule that says which tokens live, written once in array code for every backend.
 
 A policy file holds one subclass of `Policy`: a frozen dataclass whose `score` gives a number per slot; higher stays.
-Everything else here is the machinery's side of the contract: what a policy is shown (`View`), and the one rule that
-turns scores into a kept set (`survivors`, and `weakest` for one slot).
+What the machinery makes of it, the one rule that turns scores into a kept set, is in `framework/eviction.py`.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from framework.arrays import FAR, Array, Namespace, device, softmax
-from framework.errors import KvtwinError
+from framework.arrays import FAR, Array, Namespace, blocks, device, softmax
 from framework.registry import Registry
-from framework.spec import ModelSpec
+from framework.spec import Layer, ModelSpec
 
-Phase = Literal["prefill", "decode"]
-UNLIMITED = 2**30  # the traced budget of a layer without one
+Phase = Literal["prefill", "decode", "pass"]
+Budget = int | tuple[int | tuple[int, ...], ...] | None
+BLOCK = 256  # most tokens of a call that `stream` gets at a time
+NORMS = 128  # slots whose output norms are computed at a time
 
 
 @dataclass(frozen=True)
@@ -28,25 +27,45 @@ class Needs:
     """What a policy reads of the model beside positions and its own memory. What is not asked for is not computed.
 
     `queries`: the number of newest queries kept for `View.attention` (implies `keys`). `sums`: the attention that each
-    slot received from the queries of this call.
+    slot received from the queries of this call, for `note`. `stream`: all tokens of a call are handed to
+    `Policy.stream`. `tokens`: their ids. `output`: the weight that `View.output_norm` multiplies by. `ahead`: how far
+    beyond the tokens seen `View.rotate` is asked to go.
     """
 
     keys: bool = False
     values: bool = False
     queries: int = 0
     sums: bool = False
+    stream: bool = False
+    tokens: bool = False
+    output: bool = False
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some new tokens of a call, with what the layer made of them: un-rotated queries, and its normalised input.
+
+    Their keys and values are in the view. Padding is at position -1. How a call is cut into blocks means nothing.
+    """
+
+    positions: Int[Array, "batch tokens"]
+    queries: Float[Array, "batch kv_heads group tokens head_dim"]
+    hidden: Float[Array, "batch tokens dim"]
 
 
 @dataclass(frozen=True)
 class View:
     """What a policy sees of one layer after the tokens of a call were appended and attended.
 
-    Slots are in position order with the empty ones (position -1) last, except under `order_free` policies, which see
-    any order. Heads that hold fewer slots are padded with empty ones. Arrays are at least float32.
+    Slots are in position order with the empty ones (position -1) last, except under `order_free` policies, and in
+    `note` and `stream`, which see any order. Heads that hold fewer slots are padded with empty ones. Arrays are at
+    least float32.
 
     `budget` is the only budget that a policy may read. `seen` counts the tokens of each row, those of this call
-    included: the next token will have position `seen`. `queries` are the newest ones as the model used them (rotated),
-    at `query_positions` (-1: no such query yet). Memory holds the policy's own arrays, one number per slot.
+    included: the next token will have position `seen`. `keys` and `queries` are rotated as the model uses them;
+    `queries` are the newest ones, at `query_positions` (-1: no such query yet). `memory` holds the policy's own arrays:
+    one number per slot, and those of `Policy.head_memory` per head.
     """
 
     xp: Namespace
@@ -56,7 +75,7 @@ class View:
     positions: Int[Array, "batch kv_heads slots"]
     budget: Int[Array, "batch kv_heads"]
     seen: Int[Array, "batch"]
-    memory: Mapping[str, Float[Array, "batch kv_heads slots"]]
+    memory: Mapping[str, Float[Array, "batch kv_heads *rest"]]
     keys: Array = (
         None  # [batch kv_heads slots head_dim]; this and what follows is None unless `needs` asks for it
     )
@@ -64,57 +83,126 @@ class View:
     queries: Array = None  # [batch kv_heads group window head_dim]
     query_positions: Array = None  # [batch window]
     sums: Array = None  # [batch kv_heads slots]
+    tokens: Array = None  # [batch kv_heads slots]
+    output: Array = None  # [kv_heads group head_dim dim]
+    cos: Array = None  # [reach half]; also None in a layer without rope
+    sin: Array = None  # [reach half]
+    constants: Mapping[str, Array] = field(default_factory=dict)
     scale: float = 1.0
     softcap: float | None = None
     window: int | None = None
+    repositions: bool = False
 
     @property
     def filled(self) -> Bool[Array, "batch kv_heads slots"]:
         """True where a slot holds a token."""
         return self.positions >= 0
 
+    @property
+    def rotary(self) -> Int[Array, "batch kv_heads slots"]:
+        """Where the key of each slot is rotated: its position, or under `repositions` its rank among the kept."""
+        if not self.repositions:
+            return self.positions
+        order = self.xp.argsort(self.xp.where(self.filled, self.positions, FAR), axis=-1, stable=True)
+        rank = self.xp.argsort(order, axis=-1)
+        return self.xp.astype(self.xp.where(self.filled, rank, -1), self.xp.int32)
+
     def newest(self, count: int | Int[Array, "batch kv_heads"]) -> Bool[Array, "batch kv_heads slots"]:
         """True for the tokens at the last `count` positions of each row."""
         first = self.seen[:, None] - count
         return self.filled & (self.positions >= first[..., None])
 
-    def attention(self) -> Float[Array, "batch kv_heads group window slots"]:
-        """What each of the newest queries gives to each slot: the model's own softmax, recomputed over these slots.
+    def rotate(
+        self, x: Float[Array, "*axes head_dim"], positions: Int[Array, "*#axes"], back: bool = False
+    ) -> Float[Array, "*axes head_dim"]:
+        """Rotary embedding of `x` at these positions, or with `back` taken off again; -1 turns as 0."""
+        if self.cos is None:
+            return x
+        cos, sin = self._angles(positions)
+        if back:  # yarn's attention factor multiplies both, so that the inverse divides by its square
+            square = cos * cos + sin * sin
+            cos, sin = cos / square, -sin / square
+        return _turned(self.xp, x, cos, sin)
+
+    def mean_rotation(self, positions: Int[Array, "batch many"]) -> Float[Array, "batch head_dim head_dim"]:
+        """The mean of the rotations to these positions, as a matrix that multiplies from the left."""
+        xp = self.xp
+        eye = xp.eye(self.keys.shape[-1], dtype=self.keys.dtype, device=device(self.keys))
+        eye = xp.broadcast_to(eye, (positions.shape[0], *eye.shape))
+        if self.cos is None:
+            return eye
+        cos, sin = (xp.mean(one, axis=1, keepdims=True) for one in self._angles(positions))
+        return xp.matrix_transpose(_turned(xp, eye, cos, sin))
+
+    def _angles(self, positions: Int[Array, "*axes"]) -> tuple[Array, Array]:
+        xp = self.xp
+        where = xp.reshape(xp.where(positions < 0, 0, positions), (-1,))
+        shape = (*positions.shape, self.cos.shape[-1])
+        cos, sin = (xp.reshape(xp.take(table, where, axis=0), shape) for table in (self.cos, self.sin))
+        return cos, sin
+
+    def unrotated(self) -> Float[Array, "batch kv_heads slots head_dim"]:
+        """The keys without their rotation."""
+        return self.rotate(self.keys, self.rotary, back=True)
+
+    def attention(self, block: Block | None = None) -> Float[Array, "batch kv_heads group window slots"]:
+        """What each of the newest queries, or of the block's, gives to each slot: the model's softmax over these slots.
 
         A query that does not exist gives 0 everywhere.
         """
         xp = self.xp
-        batch, kv_heads, group, window, head_dim = self.queries.shape
-        flat = xp.reshape(self.queries, (batch, kv_heads, group * window, head_dim))
+        queries, positions = (self.queries, self.query_positions) if block is None else self._rotated(block)
+        batch, kv_heads, group, window, head_dim = queries.shape
+        flat = xp.reshape(queries, (batch, kv_heads, group * window, head_dim))
         logits = xp.matmul(flat, xp.matrix_transpose(self.keys)) * self.scale
         logits = xp.reshape(logits, (batch, kv_heads, group, window, -1))
         if self.softcap is not None:
             logits = xp.tanh(logits / self.softcap) * self.softcap
-        mask = attends(self.query_positions[:, None, :, None], self.positions[:, :, None, :], self.window)
+        mask = attends(positions[:, None, :, None], self.positions[:, :, None, :], self.window)
         return softmax(xp, logits, mask[:, :, None, ...])
+
+    def query_rotary(self, positions: Int[Array, "batch tokens"]) -> Int[Array, "batch kv_heads tokens"]:
+        """Where queries at these positions are rotated: there, or under `repositions` at the rank of their token."""
+        xp = self.xp
+        if not self.repositions:
+            shape = (positions.shape[0], self.positions.shape[1], positions.shape[1])
+            return xp.broadcast_to(positions[:, None, :], shape)
+        older = self.filled[:, :, None, :] & (self.positions[:, :, None, :] <= positions[:, None, :, None])
+        return xp.astype(xp.sum(xp.astype(older, xp.int32), axis=-1) - 1, xp.int32)
+
+    def _rotated(self, block: Block) -> tuple[Array, Array]:
+        where = self.query_rotary(block.positions)
+        return self.rotate(block.queries, where[:, :, None, :]), block.positions
+
+    def output_norm(
+        self, values: Float[Array, "batch kv_heads slots head_dim"]
+    ) -> Float[Array, "batch kv_heads group slots"]:
+        """|W_o v|_1 of each slot through each query head of its group: how much it adds to the layer's output."""
+        xp = self.xp
+
+        def norm(part: Array) -> Array:
+            through = xp.matmul(part[:, :, None, ...], self.output[None, ...])
+            return xp.sum(xp.abs(through), axis=-1)
+
+        return blocks(xp, norm, values, size=NORMS, axis=2, out=3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """Base of every policy. Fields are hashable: an equal policy is the same static argument of a compiled step.
 
-    `budget`: tokens kept per kv head, one number or one per layer. `fraction`: a share of the longest prompt instead;
-    `resolved` makes a budget of it once the prompt is known, as `generate` does. `interval`: decode steps between two
-    evictions; the cache then holds up to `interval - 1` tokens more than the budget.
+    `budget`: tokens kept per kv head: one number, or one per layer, each a number or one per head. `fraction`: a share
+    of the longest prompt instead; `eviction.resolved` makes a budget of it once the prompt is known, as `generate`
+    does. `interval`: decode steps between two evictions; the cache then holds up to `interval - 1` tokens more than the
+    budget.
 
-    Class attributes: `memory` names the per-slot arrays and the value that a new token starts with. `order_free`
-    promises that scores do not depend on slot order. `shared`: one kept set for all heads of a layer. `evicts`: False
-    only for a policy that keeps all.
+    In a call and layer the hooks run in this order: `stream` and `note` after attention, at every call; then, where
+    the call evicts, `score`, `protected`, `budgets`, and after the choice `merge`. All but `score` are optional.
     """
 
-    budget: int | tuple[int, ...] | None = None
+    budget: Budget = None
     fraction: float | int | None = None
     interval: int = 1
-
-    memory: ClassVar[Mapping[str, float]] = {}
-    order_free: ClassVar[bool] = False
-    shared: ClassVar[bool] = False
-    evicts: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, view: View) -> Shaped[Array, "batch kv_heads slots"]:
@@ -125,17 +213,71 @@ class Policy(ABC):
         """What the view must carry."""
         return Needs()
 
+    # What a policy promises. Most name these as class variables; a wrapper takes them from what it wraps.
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """The arrays with one number per slot, by name, and the value that a new token starts with."""
+        return {}
+
+    @property
+    def order_free(self) -> bool:
+        """True: scores do not depend on slot order, so that a new token may overwrite the weakest."""
+        return False
+
+    @property
+    def shared(self) -> bool:
+        """True: one kept set for all heads of a layer."""
+        return False
+
+    @property
+    def evicts(self) -> bool:
+        """False only for a policy that keeps all."""
+        return True
+
     @property
     def repositions(self) -> bool:
         """True: keys are rotated by their rank among the kept tokens, at every call, not by their position."""
         return False
 
-    def note(self, view: View) -> Mapping[str, Float[Array, "batch kv_heads slots"]]:
+    @property
+    def divides(self) -> bool:
+        """True: `budgets` shares a layer's budget among its heads by what it sees."""
+        return False
+
+    @property
+    def allocates(self) -> bool:
+        """True: `allocate` shares the budget among the layers once the whole prompt is seen."""
+        return False
+
+    @property
+    def merges(self) -> bool:
+        """True: `merge` blends what is evicted into what stays."""
+        return False
+
+    # Memory.
+
+    def head_memory(self, layer: Layer) -> Mapping[str, tuple[int, ...]]:
+        """Arrays with one entry per row and head, by name: their shape after [batch kv_heads]. They start as 0."""
+        return {}
+
+    def constants(self, spec: ModelSpec) -> Mapping[str, np.ndarray]:
+        """Arrays from a file of the policy's own, which `View.constants` then holds. Raises KvtwinError where they
+        cannot be had or belong to another model."""
+        return {}
+
+    def stream(self, view: View, block: Block) -> Mapping[str, Float[Array, "batch kv_heads *rest"]]:
+        """The memory after some new tokens of a call; runs for each block, where `needs.stream` asks for it."""
+        return view.memory
+
+    def note(self, view: View) -> Mapping[str, Float[Array, "batch kv_heads *rest"]]:
         """The memory after this call; runs after attention, before `score`, at every call.
 
         It must work slot by slot: it may see the slots in any order.
         """
         return view.memory
+
+    # Who stays, beside the score.
 
     def protected(self, view: View) -> Bool[Array, "batch kv_heads slots"] | None:
         """True where a slot must stay whatever its score; None for nowhere."""
@@ -144,6 +286,40 @@ class Policy(ABC):
     def protects(self, budget: int) -> int:
         """How many slots `protected` can mark under this budget. A smaller budget is refused."""
         return 0
+
+    def budgets(
+        self, view: View, scores: Shaped[Array, "batch kv_heads slots"]
+    ) -> Int[Array, "batch kv_heads"]:
+        """Tokens that each head keeps at this eviction, under `divides`."""
+        return view.budget
+
+    def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
+        """The most tokens that `budgets` gives a head of this layer; buffers are as large as this."""
+        return budget
+
+    def statistic(self, view: View) -> Float[Array, "batch"]:
+        """What `allocate` is to know of this layer, under `allocates`."""
+        raise NotImplementedError
+
+    def allocate(
+        self,
+        statistics: Float[np.ndarray, "layers batch"],
+        budgets: Int[np.ndarray, "layers batch"],
+        seen: Int[np.ndarray, "batch"],
+    ) -> Int[np.ndarray, "layers batch"]:
+        """Tokens per head of each layer and row, under `allocates`; NumPy in and out."""
+        return budgets
+
+    def merge(
+        self, view: View, index: Int[Array, "batch kv_heads kept"]
+    ) -> tuple[Float[Array, "batch kv_heads kept head_dim"], Float[Array, "batch kv_heads kept head_dim"]]:
+        """Keys and values of the slots that `index` keeps (-1: none), with the others blended in, under `merges`."""
+        raise NotImplementedError
+
+    def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
+        """Token lists that are read, one after the other, behind a prompt before it is evicted, and then forgotten:
+        they reach only `stream` and `note`, in the phase "pass"."""
+        return []
 
     @classmethod
     def examples(cls) -> list["Policy"]:
@@ -154,205 +330,19 @@ class Policy(ABC):
 policies = Registry(kind="policy", package="framework.policies", base=Policy)
 
 
-def attends(query: Int[Array, "*query"], key: Int[Array, "*key"], window: int | None) -> Bool[Array, "*both"]:
-    """True where the query at one position may attend to the key at another. -1, an empty place, never takes part."""
-    seen = (key >= 0) & (key <= query)
-    return seen if window is None else seen & (key > query - window)
-
-
-def alive(
-    positions: Int[Array, "batch kv_heads slots"], seen: Int[Array, "batch"], window: int | None
-) -> Bool[Array, "batch kv_heads slots"]:
-    """True where a slot holds a token that the next query of its row can still see."""
-    filled = positions >= 0
-    return filled if window is None else filled & (positions > seen[:, None, None] - window)
-
-
-def _rank(xp: Namespace, scores: Array, protected: Array | None, living: Array) -> Array:
-    """Scores in which dead slots lose to all others and protected ones win over all others."""
-    dtype = xp.float64 if scores.dtype == xp.float64 else xp.float32
-    largest = xp.finfo(dtype).max
-    rank = xp.clip(xp.astype(scores, dtype), -largest, largest)
-    if protected is not None:
-        rank = xp.where(protected, xp.inf, rank)
-    return xp.where(living, rank, -xp.inf)
-
-
-def survivors(
-    xp: Namespace,
-    scores: Shaped[Array, "batch kv_heads slots"],
-    protected: Bool[Array, "batch kv_heads slots"] | None,
-    living: Bool[Array, "batch kv_heads slots"],
-    budget: Int[Array, "batch kv_heads"],
-    capacity: int,
-) -> Int[Array, "batch kv_heads capacity"]:
-    """Index of the slots that stay, in position order, -1 beyond their count. Slots must come in position order.
-
-    Dead slots never stay. Of the living, the protected win, then the higher score, then the newer token. Among the
-    protected, who fit into any budget that is not refused, only age counts.
-    """
-    slots = scores.shape[-1]
-    rank = _rank(xp, scores, protected, living)
-    # Newest first, then a stable sort by falling score: equal scores keep the newer token.
-    best_first = slots - 1 - xp.argsort(-xp.flip(rank, axis=-1), axis=-1, stable=True)
-    place = xp.argsort(best_first, axis=-1)  # the inverse permutation
-    stays = living & (place < budget[..., None])
-    here = xp.arange(slots, dtype=xp.int32, device=device(scores))
-    index = xp.sort(xp.where(stays, here, slots), axis=-1)
-    index = xp.where(index == slots, -1, index)[..., : min(capacity, slots)]
-    if capacity > slots:
-        tail = xp.full((*index.shape[:-1], capacity - slots), -1, dtype=index.dtype, device=device(scores))
-        index = xp.concat([index, tail], axis=-1)
-    return xp.astype(index, xp.int32)
-
-
-def weakest(
-    xp: Namespace,
-    scores: Shaped[Array, "batch kv_heads slots"],
-    positions: Int[Array, "batch kv_heads slots"],
-    protected: Bool[Array, "batch kv_heads slots"] | None,
-    living: Bool[Array, "batch kv_heads slots"],
-) -> Int[Array, "batch kv_heads"]:
-    """The slot that `survivors` drops first, in any order: filled but dead, else lowest score, oldest of equals."""
-    filled = positions >= 0
-    rank = _rank(xp, scores, protected, living)
-    rank = xp.where(filled, rank, xp.inf)
-    lowest = rank == xp.min(rank, axis=-1, keepdims=True)
-    return xp.argmin(xp.where(lowest & filled, positions, FAR), axis=-1)
-
-
-def noted(policy: Policy, view: View) -> View:
-    """The view with the memory that the policy's `note` gives."""
-    if not policy.memory:
-        return view
-    memory = _call(policy, view, policy.note)
-    shapes = (
-        {key: _shape(view, value) for key, value in memory.items()} if isinstance(memory, Mapping) else {}
-    )
-    expected = dict.fromkeys(policy.memory, tuple(view.positions.shape))
-    if shapes != expected:
-        raise KvtwinError(
-            f"policy {name(policy)}: note returned {shapes or type(memory).__name__}; "
-            f"expected {expected}: one number per (batch, kv_heads, slots)"
-        )
-    return replace(view, memory=memory)
-
-
-def judge(policy: Policy, view: View) -> tuple[Array, Array | None]:
-    """Scores and protected slots of one layer; a policy that fails or returns a wrong shape is named."""
-    scores = _call(policy, view, policy.score)
-    protected = _call(policy, view, policy.protected)
-    for what, value in (("score", scores), ("protected", protected)):
-        shape = _shape(view, value)
-        if shape != tuple(view.positions.shape) and not (what == "protected" and value is None):
-            raise KvtwinError(
-                f"policy {name(policy)}: {what} returned {'shape ' * isinstance(shape, tuple)}{shape}; "
-                f"expected {tuple(view.positions.shape)}: one value per (batch, kv_heads, slots), made with view.xp"
-            )
-    if protected is not None and protected.dtype != view.xp.bool:
-        raise KvtwinError(
-            f"policy {name(policy)}: protected returned {protected.dtype}; expected True or False per slot"
-        )
-    return scores, protected
-
-
-def _shape(view: View, value: Any) -> tuple[int, ...] | str:
-    """The shape of an array of the view's library; the type of anything else."""
-    foreign = isinstance(value, np.ndarray) and not isinstance(view.positions, np.ndarray)
-    if foreign or not hasattr(value, "shape"):
-        return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-    return tuple(value.shape)
-
-
-def _call(policy: Policy, view: View, hook: Callable[[View], Any]) -> Any:
-    try:
-        return hook(view)
-    except KvtwinError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise KvtwinError(
-            f"policy {name(policy)} failed in {hook.__name__} on {view.xp.__name__}: {type(error).__name__}: {first}\n"
-            "expected array code that runs on NumPy, torch and jax alike; `kvtwin check` shows a smallest example"
-        ) from error
-
-
-def ordered(view: View, order: Int[Array, "batch kv_heads slots"], take: Any) -> View:
-    """The same view with its slots gathered by `order`; `take(x, order)` is the backend's gather."""
-    optional = {
-        key: take(value, order)
-        for key in ("keys", "values", "sums")
-        if (value := getattr(view, key)) is not None
-    }
-    memory = {key: take(value, order) for key, value in view.memory.items()}
-    return replace(view, positions=take(view.positions, order), memory=memory, **optional)
-
-
 def name(policy: Policy) -> str:
     """The policy in the one spelling, as `policies.make` reads it back."""
     return policies.spelling(policy)
 
 
-def resolved(policy: Policy, tokens: int) -> Policy:
-    """The policy with its `fraction` of this many prompt tokens, rounded up, as its budget."""
-    if policy.fraction is None or not policy.evicts:
-        return policy
-    if policy.budget is not None:
-        raise KvtwinError(f"policy {name(policy)} has a budget and a fraction; expected one of them")
-    if isinstance(policy.fraction, bool) or not 0 < policy.fraction <= 1:
-        raise KvtwinError(
-            f"policy {name(policy)}: fraction is {policy.fraction}; expected above 0, at most 1"
-        )
-    return replace(policy, budget=math.ceil(round(policy.fraction * tokens, 6)), fraction=None)
+def _turned(xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
+    """Channel i turned with channel i + half."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return xp.concat([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def budgets(policy: Policy, spec: ModelSpec) -> tuple[int | None, ...]:
-    """Tokens kept per kv head, for each layer; None where the policy keeps all. Refuses what cannot be met."""
-    if not policy.evicts:
-        if policy.budget is not None or policy.fraction is not None:
-            raise KvtwinError(f"policy {name(policy)} keeps every token; expected no budget")
-        return (None,) * len(spec.layers)
-    if policy.fraction is not None:
-        raise KvtwinError(
-            f"policy {name(policy)} has a fraction of a prompt that is not known here; expected a budget in tokens, "
-            "as framework.policy.resolved(policy, tokens) makes it"
-        )
-    if policy.budget is None:
-        raise KvtwinError(
-            f"policy {name(policy)} has no budget; expected the tokens to keep, as in budget=64"
-        )
-    if isinstance(policy.interval, bool) or not isinstance(policy.interval, int) or policy.interval < 1:
-        raise KvtwinError(f"policy {name(policy)}: interval is {policy.interval!r}; expected an integer >= 1")
-    each = policy.budget if isinstance(policy.budget, tuple) else (policy.budget,) * len(spec.layers)
-    if len(each) != len(spec.layers):
-        raise KvtwinError(
-            f"policy {name(policy)} has {len(each)} budgets; expected one, or one for each of {len(spec.layers)} layers"
-        )
-    for layer, budget in enumerate(each):
-        if isinstance(budget, bool) or not isinstance(budget, int):
-            raise KvtwinError(
-                f"policy {name(policy)}: budget {budget!r} in layer {layer}; expected an integer"
-            )
-        least = max(1, policy.protects(budget))
-        if budget < least:
-            raise KvtwinError(
-                f"policy {name(policy)}: budget {budget} in layer {layer}; expected at least {least}: "
-                "what it protects, and at least 1"
-            )
-    return each
-
-
-def limit(budget: int | None, window: int | None) -> int | None:
-    """Most tokens that a head of this layer can hold after an eviction; None where nothing is ever evicted."""
-    bounds = [bound for bound in (budget, None if window is None else window - 1) if bound is not None]
-    return min(bounds, default=None)
-
-
-def overwrites(policy: Policy, budget: int | None, window: int | None) -> bool:
-    """True where decode puts each new token into the slot of the weakest, instead of appending and compacting."""
-    return (
-        policy.order_free
-        and not policy.repositions
-        and policy.interval == 1
-        and (budget is not None or window is not None)
-    )
+def attends(query: Int[Array, "*query"], key: Int[Array, "*key"], window: int | None) -> Bool[Array, "*both"]:
+    """True where the query at one position may attend to the key at another. -1, an empty place, never takes part."""
+    seen = (key >= 0) & (key <= query)
+    return seen if window is None else seen & (key > query - window)

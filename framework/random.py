@@ -4,10 +4,13 @@ Functions take the array namespace `xp` first. The standard has no random number
 uint32: its noise is made in NumPy. `hash32` needs int32 only and runs everywhere.
 """
 
+import functools
+import math
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
-from jaxtyping import Float32, Int32, Integer, UInt32
+from jaxtyping import Float32, Float64, Int32, Integer, UInt32
 
 from framework.arrays import Array, Namespace
 
@@ -94,6 +97,19 @@ def hash32(xp: Namespace, *values: int | Integer[Array, "..."]) -> Int32[Array, 
         else:
             state = _mixed(state ^ word)
     return xp.reshape((state >> 8) & 0xFFFFFF, shape)
+
+
+@functools.cache
+def normal(stream: tuple[int, ...], shape: tuple[int, ...]) -> Float64[np.ndarray, "*shape"]:
+    """Standard normal numbers, the same on every machine and backend: Box and Muller on `hash32` of the stream."""
+    index = np.arange(math.prod(shape), dtype=np.int32)
+    one, two = (
+        (hash32(array_api_compat.numpy, *stream, half, index).astype(np.float64) + 0.5) * 2.0**-24
+        for half in (0, 1)
+    )
+    result = (np.sqrt(-2 * np.log(one)) * np.cos(2 * np.pi * two)).reshape(shape)
+    result.flags.writeable = False
+    return result
 
 
 def _mixed(x: Array) -> Array:

@@ -15,10 +15,21 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from framework.backend import Backend as Contract
-from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy, read_tokens
+from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
-from framework.policy import UNLIMITED, Policy, View, alive, judge, name, noted
+from framework.eviction import (
+    UNLIMITED,
+    alive,
+    heads_budgets,
+    judge,
+    merged,
+    noted,
+    repositioned,
+    slot_memory,
+    streamed,
+)
+from framework.policy import Block, Policy, View, name
 from framework.random import gumbel
 from framework.rope import angles
 from framework.snapshot import LayerSnapshot, Snapshot, canonical
@@ -29,11 +40,12 @@ from framework.weights import check
 
 @dataclass
 class Head:
-    """What one kv head of one row holds, in position order."""
+    """What one kv head of one row holds, in position order; `memory` per slot and, in `own`, of the head."""
 
     positions: np.ndarray
     streams: dict[str, np.ndarray]
     memory: dict[str, np.ndarray]
+    own: dict[str, np.ndarray]
 
 
 @dataclass
@@ -54,13 +66,14 @@ class ReferenceCache(Cache):
     spec: ModelSpec
     policy: Policy
     codec: Any
-    budgets: tuple[int | None, ...]
+    budgets: list[np.ndarray | None]
     content: list[Row]
     capacity: int | None = None
     length: int | None = None
     steps: int = 0
     pending: bool = False
     singles: int = 0
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
     consumed: bool = False
 
     @property
@@ -80,7 +93,7 @@ class ReferenceCache(Cache):
             payload=sum(x.nbytes for head in heads for x in head.streams.values()),
             scales=0,
             positions=sum(head.positions.nbytes for head in heads),
-            memory=sum(x.nbytes for head in heads for x in head.memory.values()),
+            memory=sum(x.nbytes for head in heads for x in [*head.memory.values(), *head.own.values()]),
             queries=sum(x.nbytes for row in self.content for x in [*row.queries, *row.query_positions]),
             padding=0,
         )
@@ -103,6 +116,7 @@ class ReferenceCache(Cache):
                         key: _stack([[head.memory[key] for head in row] for row in grid])
                         for key in first.memory
                     },
+                    {key: np.array([[head.own[key] for head in row] for row in grid]) for key in first.own},
                     np.stack([row.queries[index] for row in self.content]) if asked else None,
                     np.stack([row.query_positions[index] for row in self.content]) if asked else None,
                 )
@@ -114,32 +128,38 @@ class ReferenceCache(Cache):
             dtype="float64",
             layers=tuple(layers),
             seen=self.seen,
-            dropped=np.array([row.dropped for row in self.content], np.int32),
+            dropped=self.last_eviction,
+            budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
             capacity=self.capacity,
             length=self.length,
         )
 
+    @property
+    def last_eviction(self) -> np.ndarray:
+        return np.array([row.dropped for row in self.content], np.int32)
+
     def fork(self, rows: int = 1) -> "ReferenceCache":
         self.check_fork(rows)
-        return replace(self, content=[copy.deepcopy(row) for row in self.content for _ in range(rows)])
+        return self._gather(list(range(self.batch)) * rows)
 
     def rows(self, index: Sequence[int]) -> "ReferenceCache":
         self.check_rows(index)
-        return replace(self, content=[copy.deepcopy(self.content[row]) for row in index])
+        return self._gather(list(index))
 
-    def roll_back(self, count: int) -> "ReferenceCache":
-        self.alive()
-        self.check_roll_back(count, self.seen, np.array([row.dropped for row in self.content]))
+    def _gather(self, index: list[int]) -> "ReferenceCache":
+        content = [copy.deepcopy(self.content[row]) for row in index]
+        budgets = [None if each is None else each[index] for each in self.budgets]
+        return replace(self, content=content, budgets=budgets)
+
+    def until(self, seen: np.ndarray) -> "ReferenceCache":
         result = self.fork()
-        self.consume()
-        for row in result.content:
-            row.seen -= count
+        for row, count in zip(result.content, seen, strict=True):
+            row.seen = int(count)
             for heads in row.heads:
                 for head in heads:
-                    _select(head, np.flatnonzero(head.positions < row.seen))
-        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
+                    _select(head, np.flatnonzero(head.positions < count))
         return result
 
 
@@ -202,9 +222,12 @@ class ReferenceModel(Model):
         length: int | None = None,
     ) -> ReferenceCache:
         check_sizes(batch, capacity, length)
-        made, each = read_policy(policy, self.spec)
+        made, each = read_policy(policy, self.spec, batch)
         content = [self._row(made) for _ in range(batch)]
-        return ReferenceCache(self.spec, made, read_codec(codec), each, content, capacity, length)
+        constants = dict(made.constants(self.spec))
+        return ReferenceCache(
+            self.spec, made, read_codec(codec), each, content, capacity, length, constants=constants
+        )
 
     def _row(self, policy: Policy) -> Row:
         asked = policy.needs.queries
@@ -219,26 +242,24 @@ class ReferenceModel(Model):
         return Head(
             np.zeros(0, np.int32),
             {key: np.zeros((0, stream.width)) for key, stream in layer.streams.items()},
-            {key: np.zeros(0) for key in policy.memory},
+            {key: np.zeros(0) for key in slot_memory(policy)},
+            {key: np.zeros(shape) for key, shape in policy.head_memory(layer).items()},
         )
 
-    def step(
+    def run(
         self,
-        tokens: Any,
-        cache: Any = None,
+        tokens: np.ndarray,
+        cache: Any,
         *,
         logits: Any = "last",
-        phase: Any = None,
+        phase: Any,
         evict: bool = True,
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
+        statistics: list[np.ndarray] | None = None,
     ) -> tuple[Any, ReferenceCache]:
-        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
-        cache = cache or self.cache(batch=len(tokens))
-        given = (tokens >= 0).sum(1)
-        after = cache.admit(given)
-        phase = phase or ("decode" if cache.seen.any() else "prefill")
+        after = cache.admit((tokens >= 0).sum(1))
         for layer in self.spec.layers:
             if layer.rope is not None:
                 angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
@@ -253,18 +274,23 @@ class ReferenceModel(Model):
         every = np.zeros((*tokens.shape, self.spec.vocab))
         tapped: list[dict[str, np.ndarray]] = []
         taken: list[list[Decision]] = []
-        for index, row in enumerate(result.content):
+        measured: list[list[np.ndarray]] = []
+        for index in range(result.batch):
             columns = np.flatnonzero(tokens[index] >= 0)
             values: dict[str, np.ndarray] = {}
-            views = self._forward(result, row, tokens[index, columns], phase, values)
+            views = self._forward(result, index, tokens[index, columns], phase, values)
             if len(columns):
                 every[index, columns] = values["logits"]
             tapped.append(values)
             if due:
                 choice = None if forced is None else [kept[index] for kept in forced]
-                taken.append(self._evict(result, row, views, choice, whole or len(columns) > 0))
+                taken.append(self._evict(result, index, views, choice, whole or len(columns) > 0))
+            if statistics is not None:
+                measured.append([np.asarray(result.policy.statistic(view)) for view in views])
         if decisions is not None and due:
             decisions.extend(_join([one[layer] for one in taken]) for layer in range(len(taken[0])))
+        if statistics is not None:
+            statistics.extend(np.concatenate(each) for each in zip(*measured, strict=True))
         if taps is not None:
             taps.update(_spread(tokens, tapped))
         if logits == "last":
@@ -273,10 +299,10 @@ class ReferenceModel(Model):
         return (every if logits == "all" else None), result
 
     def _forward(
-        self, cache: ReferenceCache, row: Row, tokens: np.ndarray, phase: Any, taps: dict[str, np.ndarray]
+        self, cache: ReferenceCache, number: int, tokens: np.ndarray, phase: Any, taps: dict[str, np.ndarray]
     ) -> list[View]:
         """Append and attend the tokens of one row; fills `taps`, returns what the policy sees of each layer."""
-        spec, w = self.spec, self.weights
+        spec, w, row = self.spec, self.weights, cache.content[number]
         positions = row.seen + np.arange(len(tokens), dtype=np.int32)
         row.seen += len(tokens)
         linear, norm = self._linear, self._norm
@@ -292,8 +318,13 @@ class ReferenceModel(Model):
                 q, k = norm(q, f"{at}.attention.query_norm"), norm(k, f"{at}.attention.key_norm")
             taps[f"{at}.attention.query"], taps[f"{at}.attention.key"] = q, k
             taps[f"{at}.attention.value"] = v
-            mixed, view = self._attention(cache, row, index, positions, q, k, v, phase, taps)
-            views.append(view)
+            ids = tokens if cache.policy.needs.tokens else None
+            mixed, sums = self._attention(cache, row, index, positions, ids, q, k, v, phase, taps)
+            block = Block(
+                positions[None], q.reshape(1, -1, layer.kv_heads, layer.group, layer.head_dim).transpose(0, 2, 3, 1, 4),
+                h[None],
+            )  # fmt: skip
+            views.append(self._view(cache, number, index, sums, block, phase))
             y = taps[f"{at}.attention.output"] = linear(mixed, f"{at}.attention.output")
             x = x + (norm(y, f"{at}.attention_post_norm") if spec.post_norms else y)
             h = norm(x, f"{at}.ffn_norm")
@@ -320,12 +351,14 @@ class ReferenceModel(Model):
         row: Row,
         index: int,
         positions: Any,
+        ids: Any,
         q: Any,
         k: Any,
         v: Any,
         phase: Any,
         taps: Any,
-    ) -> tuple[np.ndarray, View]:
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The mixed values of the tokens, and what each slot of each head received."""
         layer, policy, at = self.spec.layers[index], cache.policy, f"layers.{index}.attention"
 
         turn = partial(turned, layer.rope, cache.length)
@@ -339,7 +372,9 @@ class ReferenceModel(Model):
             new = {"keys": k[:, kv_head], "values": v[:, kv_head]}
             head.streams = {key: np.concatenate([head.streams[key], new[key]]) for key in new}
             head.memory = {
-                key: np.concatenate([old, np.full(len(positions), policy.memory[key])])
+                key: np.concatenate(
+                    [old, ids if key == "tokens" else np.full(len(positions), policy.memory[key])]
+                )
                 for key, old in head.memory.items()
             }
             keys, values = head.streams["keys"], head.streams["values"]
@@ -364,86 +399,104 @@ class ReferenceModel(Model):
                     received[visible] += weights / layer.group
             sums.append(received)
         asked = policy.needs.queries
-        if asked:
+        if asked and phase != "pass":
             fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
                 1, 2, 0, 3
             )
             row.queries[index] = np.concatenate([row.queries[index], fresh], 2)[:, :, -asked:]
             row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-asked:]
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
-        return mixed, self._note(cache, row, index, sums, phase, len(positions) > 0)
+        return mixed, sums
 
-    def _note(
-        self, cache: ReferenceCache, row: Row, index: int, sums: list, phase: Any, active: bool
+    def _view(
+        self, cache: ReferenceCache, number: int, index: int, sums: list, block: Block, phase: Any
     ) -> View:
-        """What the policy sees of this layer, its memory updated."""
-        layer, policy, heads = self.spec.layers[index], cache.policy, row.heads[index]
-        budget = UNLIMITED if cache.budgets[index] is None else cache.budgets[index]
+        """What the policy sees of this layer of a row, its memory updated."""
+        layer, policy, row = self.spec.layers[index], cache.policy, cache.content[number]
+        heads, budget, needs = row.heads[index], cache.budgets[index], policy.needs
+        cos, sin = None, None
+        if layer.rope is not None:
+            cos, sin = angles(layer.rope, np.arange(row.seen + needs.ahead), cache.length)
+        output = self.weights[f"layers.{index}.attention.output.weight"]
+        per_slot = {key: _stack([[head.memory[key] for head in heads]]) for key in slot_memory(policy)}
+        per_head = {key: np.array([[head.own[key] for head in heads]]) for key in heads[0].own}
         view = View(
             xp=xp,
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
             positions=_stack([[head.positions for head in heads]], -1),
-            budget=np.full((1, len(heads)), budget, np.int32),
+            budget=np.full((1, len(heads)), UNLIMITED, np.int32) if budget is None else budget[number][None],
             seen=np.array([row.seen], np.int32),
-            memory={key: _stack([[head.memory[key] for head in heads]]) for key in policy.memory},
+            memory={key: per_slot[key] for key in policy.memory} | per_head,
             keys=_stack([[head.streams["keys"] for head in heads]]),
             values=_stack([[head.streams["values"] for head in heads]]),
-            queries=row.queries[index][None] if policy.needs.queries else None,
-            query_positions=row.query_positions[index][None] if policy.needs.queries else None,
+            queries=row.queries[index][None] if needs.queries else None,
+            query_positions=row.query_positions[index][None] if needs.queries else None,
             sums=_stack([sums]),
+            tokens=per_slot["tokens"].astype(np.int32) if needs.tokens else None,
+            output=output.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1),
+            cos=cos,
+            sin=sin,
+            constants=cache.constants,
             scale=layer.scale,
             softcap=layer.softcap,
             window=layer.window,
+            repositions=policy.repositions,
         )
-        if active:
-            view = noted(policy, view)
-            for head, number in zip(heads, range(len(heads)), strict=True):
-                head.memory = {
-                    key: value[0, number, : len(head.positions)] for key, value in view.memory.items()
+        if policy.repositions:
+            view = repositioned(view)
+        if block.positions.shape[1]:
+            view = noted(policy, streamed(policy, view, block) if needs.stream else view)
+            for which, head in enumerate(heads):
+                head.own = {key: view.memory[key][0, which] for key in head.own}
+                head.memory |= {
+                    key: view.memory[key][0, which, : len(head.positions)] for key in policy.memory
                 }
         return view
 
     def _evict(
         self,
         cache: ReferenceCache,
-        row: Row,
+        number: int,
         views: list[View],
         forced: list[np.ndarray] | None,
         active: bool,
     ) -> list[Decision]:
         """Drop what does not survive in each bounded layer of one row; nothing in a row that is not active."""
         taken: list[Decision] = []
+        policy, row = cache.policy, cache.content[number]
         for index, view in enumerate(views):
-            budget, layer = cache.budgets[index], self.spec.layers[index]
-            if budget is None and layer.window is None:
+            layer = self.spec.layers[index]
+            if cache.limit(index) is None:
                 continue
-            scores, protected = judge(cache.policy, view)
+            scores, protected = judge(policy, view)
+            budget = heads_budgets(policy, view, scores)
             filled = view.positions >= 0
             if np.isnan(scores[filled]).any():
-                raise KvtwinError(
-                    f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers"
-                )
+                raise KvtwinError(f"policy {name(policy)} scored NaN in layer {index}; expected numbers")
             protected = np.zeros_like(filled) if protected is None else protected & filled
             living = alive(view.positions, view.seen, layer.window)
-            kept = []
-            for number, head in enumerate(row.heads[index]):
-                slots = [slot for slot in range(len(head.positions)) if living[0, number, slot]]
-                ranks = np.where(protected[0, number], 0, scores[0, number])
-                slots.sort(key=lambda s: (protected[0, number, s], ranks[s], s), reverse=True)
-                slots = sorted(slots[: len(slots) if budget is None else budget])
+            kept, chosen = [], []
+            for which, head in enumerate(row.heads[index]):
+                slots = [slot for slot in range(len(head.positions)) if living[0, which, slot]]
+                ranks = np.where(protected[0, which], 0, scores[0, which])
+                slots.sort(key=lambda s: (protected[0, which, s], ranks[s], s), reverse=True)
+                slots = sorted(slots[: budget[0, which]])
                 if not active:
                     slots = list(range(len(head.positions)))
                 kept.append(head.positions[slots])
                 if forced is not None and active:
-                    slots = [s for s, p in enumerate(head.positions) if p in forced[len(taken)][number]]
+                    slots = [s for s, p in enumerate(head.positions) if p in forced[len(taken)][which]]
                 if len(slots) < len(head.positions):
                     row.dropped = row.seen
-                _select(head, np.array(slots, np.int64))
-            taken.append(
-                Decision(index, view.positions, np.asarray(scores, np.float64), protected, _stack([kept], -1))
-            )
+                chosen.append(np.array(slots, np.int32))
+            if policy.merges and active:
+                _merge(policy, view, row.heads[index], chosen)
+            for head, picked in zip(row.heads[index], chosen, strict=True):
+                _select(head, picked)
+            scored = np.asarray(scores, np.float64)
+            taken.append(Decision(index, view.positions, scored, protected, _stack([kept], -1), budget))
         return taken
 
     def decode(
@@ -480,8 +533,8 @@ class ReferenceModel(Model):
 
     def restore(self, source: Snapshot | str | os.PathLike) -> ReferenceCache:
         held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
-        policy, each = read_policy(held.policy, self.spec)
-        cache = self.cache(policy, held.codec, len(held.seen), held.capacity, held.length)
+        cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
+        cache.budgets = list(held.budgets)
         cache.steps, cache.pending = held.steps, held.pending
         for index, row in enumerate(cache.content):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
@@ -499,7 +552,16 @@ def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
         layer.positions[row, head][filled],
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.streams.items()},
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
+        {key: value[row, head].astype(np.float64) for key, value in layer.heads.items()},
     )
+
+
+def _merge(policy: Policy, view: View, heads: list[Head], chosen: list[np.ndarray]) -> None:
+    """Write what the policy makes of the kept slots' keys and values where they stand."""
+    keys, values = merged(policy, view, _stack([chosen], -1))
+    for which, (head, slots) in enumerate(zip(heads, chosen, strict=True)):
+        head.streams["keys"][slots] = keys[0, which, : len(slots)]
+        head.streams["values"][slots] = values[0, which, : len(slots)]
 
 
 def _join(rows: list[Decision]) -> Decision:
@@ -514,6 +576,7 @@ def _join(rows: list[Decision]) -> Decision:
         pile([row.scores for row in rows], 0.0),
         pile([row.protected for row in rows], 0),
         pile([row.kept for row in rows], -1),
+        np.concatenate([row.budget for row in rows]),
     )
 
 

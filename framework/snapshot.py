@@ -15,21 +15,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from framework.errors import KvtwinError
+from framework.eviction import slot_memory
 from framework.policy import Policy, policies
 from framework.shapes import EMPTY
 from framework.spec import ModelSpec
 
-FORMAT = "kvtwin-cache-1"
+FORMAT = "kvtwin-cache-2"
+WHOLE = ("seen", "dropped", "positions", "query_positions", "budget")  # integers
 FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """One layer: its streams, positions, the policy's memory and the newest queries (None where no policy asks)."""
+    """One layer: its streams, positions, the policy's memory per slot and per head, and the newest queries.
+
+    Queries are None where no policy asks for them.
+    """
 
     streams: dict[str, Shaped[np.ndarray, "batch kv_heads slots width"]]
     positions: Int[np.ndarray, "batch kv_heads slots"]
     memory: dict[str, Shaped[np.ndarray, "batch kv_heads slots"]]
+    heads: dict[str, Shaped[np.ndarray, "batch kv_heads *rest"]]
     queries: Shaped[np.ndarray, "batch kv_heads group window head_dim"] | None = None
     query_positions: Int[np.ndarray, "batch window"] | None = None
 
@@ -39,7 +45,8 @@ class Snapshot:
     """A whole cache.
 
     `seen`: tokens of each row so far. `dropped`: what `seen` was when a token of the row was last evicted (0: never).
-    `steps`: decode steps since the last prefill; 0 where the policy has no interval. `pending`: the last call appended
+    `budgets`: tokens kept by each head of each layer, None where no budget holds. `steps`: decode steps since the last
+    prefill; 0 where the policy has no interval. `pending`: the last call appended
     without evicting. `length`: the declared final length, or None.
     """
 
@@ -50,6 +57,7 @@ class Snapshot:
     layers: tuple[LayerSnapshot, ...]
     seen: Int[np.ndarray, "batch"]
     dropped: Int[np.ndarray, "batch"]
+    budgets: tuple[Int[np.ndarray, "batch kv_heads"] | None, ...]
     steps: int
     pending: bool
     capacity: int | None
@@ -66,10 +74,14 @@ class Snapshot:
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
             arrays |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
+            arrays |= {f"{index}.heads.{key}": value for key, value in layer.heads.items()}
             arrays[f"{index}.positions"] = layer.positions
             if layer.queries is not None and layer.query_positions is not None:
                 arrays[f"{index}.queries"] = layer.queries
                 arrays[f"{index}.query_positions"] = layer.query_positions
+            budget = self.budgets[index]
+            if budget is not None:
+                arrays[f"{index}.budget"] = budget
         facts = {key: getattr(self, key) for key in FACTS} | {"format": FORMAT, "spec": asdict(self.spec)}
         target = Path(path)
         if not target.parent.is_dir():
@@ -107,7 +119,9 @@ class Snapshot:
             raise KvtwinError(f"{path} has the facts {sorted(facts)}; expected {sorted(FACTS)}")
         _check(path, arrays, spec, policies.make(facts["policy"]))
         layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
-        return cls(spec=spec, layers=layers, seen=arrays["seen"], dropped=arrays["dropped"], **facts)
+        budgets = tuple(arrays.get(f"{index}.budget") for index in range(len(spec.layers)))
+        rows = {"seen": arrays["seen"], "dropped": arrays["dropped"]}
+        return cls(spec=spec, layers=layers, budgets=budgets, **rows, **facts)
 
 
 def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy) -> None:
@@ -119,7 +133,13 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSp
         expected[f"{index}.positions"] = (batch, layer.kv_heads, slots)
         for key, stream in layer.streams.items():
             expected[f"{index}.stream.{key}"] = (batch, stream.heads, slots, stream.width)
-        expected |= {f"{index}.memory.{key}": (batch, layer.kv_heads, slots) for key in policy.memory}
+        heads = (batch, layer.kv_heads)
+        expected |= {f"{index}.memory.{key}": (*heads, slots) for key in slot_memory(policy)}
+        expected |= {
+            f"{index}.heads.{key}": (*heads, *rest) for key, rest in policy.head_memory(layer).items()
+        }
+        if policy.evicts:
+            expected[f"{index}.budget"] = heads
         if asked:
             expected[f"{index}.queries"] = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
             expected[f"{index}.query_positions"] = (batch, asked)
@@ -130,7 +150,7 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSp
             raise KvtwinError(
                 f"{path} has an array {key!r} that its policy does not explain; the file is damaged"
             )
-        came, whole = arrays[key], key in ("seen", "dropped") or key.endswith("positions")
+        came, whole = arrays[key], key.rpartition(".")[2] in WHOLE
         if came.shape != expected[key]:
             raise KvtwinError(
                 f"{path}: {key} has shape {came.shape}; expected {expected[key]}; the file is damaged"
@@ -148,6 +168,7 @@ def _layer(arrays: dict[str, np.ndarray], index: int) -> LayerSnapshot:
         streams=under("stream"),
         positions=arrays[f"{index}.positions"],
         memory=under("memory"),
+        heads=under("heads"),
         queries=arrays.get(f"{index}.queries"),
         query_positions=arrays.get(f"{index}.query_positions"),
     )
@@ -157,6 +178,7 @@ def canonical(
     streams: dict[str, np.ndarray],
     positions: np.ndarray,
     memory: dict[str, np.ndarray],
+    heads: dict[str, np.ndarray],
     queries: np.ndarray | None = None,
     query_positions: np.ndarray | None = None,
 ) -> LayerSnapshot:
@@ -181,6 +203,7 @@ def canonical(
         {key: gather(value) for key, value in streams.items()},
         ranked.astype(np.int32),
         {key: gather(value) for key, value in memory.items()},
+        heads,
         queries,
         query_positions,
     )

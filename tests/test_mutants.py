@@ -22,7 +22,7 @@ from backends import backends as known
 from backends.flax.cache import FlaxCache
 from backends.torch.cache import LayerCache, TorchCache
 from experiments.compare import Trace, free_run, run, same_sets
-from framework import policy as rule
+from framework import eviction as rule
 from framework.backend import Cache, Model
 from framework.compare import SWAPS, TOLERANCE, drift, kept_agreement, tap_drifts, token_agreement
 from framework.errors import KvtwinError

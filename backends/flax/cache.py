@@ -1,7 +1,7 @@
 """The fixed-size cache: per-layer buffers whose shapes never change inside a compiled loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,23 +10,39 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from backends.flax.convert import precision, to_jax, to_numpy, wide, widened
-from framework.arrays import by_position, keep, take_slots
+from framework.arrays import Array, by_position, keep, take_slots
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
-from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
+from framework.eviction import (
+    alive,
+    heads_budgets,
+    judge,
+    merged,
+    ordered,
+    overwrites,
+    repositioned,
+    slot_memory,
+    survivors,
+    weakest,
+)
+from framework.policy import Policy, View, name
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot, canonical
-from framework.spec import Layer, ModelSpec
+from framework.spec import Layer, ModelSpec, Rope
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerState:
-    """Buffers of one layer. `fill` is the slot that the next token goes to where tokens are appended."""
+    """Buffers of one layer. `fill` is the slot that the next token goes to where tokens are appended.
+
+    `memory` is what the policy remembers per slot, `heads` per head.
+    """
 
     streams: dict[str, Float[jax.Array, "batch kv_heads slots width"]]
     positions: Int[jax.Array, "batch kv_heads slots"]
     memory: dict[str, Float[jax.Array, "batch kv_heads slots"]]
+    heads: dict[str, Float[jax.Array, "batch kv_heads *rest"]]
     queries: Float[jax.Array, "batch kv_heads group window head_dim"] | None
     query_positions: Int[jax.Array, "batch window"] | None
     fill: Int[jax.Array, ""]
@@ -57,16 +73,41 @@ class Plan:
 
     def overwrites(self, index: int) -> bool:
         """True where decode puts a token into an emptied slot of this layer."""
-        return self.bounded[index] and overwrites(self.policy, 1, None)
+        return overwrites(self.policy, self.bounded[index])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """What a compiled step is given beside the state: rope tables, budgets, and the policy's constants."""
+
+    tables: dict[Rope, Any]
+    budgets: Int[Array, "layers batch most_heads"]
+    constants: dict[str, Any]
+
+    def budget(self, index: int, heads: int) -> Int[Array, "batch kv_heads"]:
+        """Tokens that each head of a layer keeps."""
+        return self.budgets[index, :, :heads]
+
+
+def _started(policy: Policy, layer: LayerState, tokens: jax.Array, shape: Any) -> dict[str, jax.Array]:
+    """The per-slot memory of new tokens with these ids."""
+    start = slot_memory(policy)
+    values = {key: tokens[:, None] if key == "tokens" else start[key] for key in layer.memory}
+    return {key: jnp.broadcast_to(values[key], shape).astype(old.dtype) for key, old in layer.memory.items()}
 
 
 def append(
-    layer: LayerState, new: dict[str, jax.Array], positions: Int[jax.Array, "batch tokens"], policy: Policy
+    layer: LayerState,
+    new: dict[str, jax.Array],
+    positions: Int[jax.Array, "batch tokens"],
+    tokens: Int[jax.Array, "batch tokens"],
+    policy: Policy,
 ) -> LayerState:
     """The layer with the tokens behind its slots; the buffers grow, so this is for prefill."""
     heads = layer.positions.shape[1]
     spread = jnp.broadcast_to(positions[:, None], (positions.shape[0], heads, positions.shape[1]))
-    fresh = {key: jnp.full(spread.shape, policy.memory[key], old.dtype) for key, old in layer.memory.items()}
+    fresh = _started(policy, layer, tokens, spread.shape)
     return replace(
         layer,
         streams={key: jnp.concatenate([layer.streams[key], value], axis=2) for key, value in new.items()},
@@ -76,7 +117,11 @@ def append(
 
 
 def append_one(
-    layer: LayerState, new: dict[str, jax.Array], position: Int[jax.Array, "batch 1"], policy: Policy
+    layer: LayerState,
+    new: dict[str, jax.Array],
+    position: Int[jax.Array, "batch 1"],
+    token: Int[jax.Array, "batch 1"],
+    policy: Policy,
 ) -> LayerState:
     """The layer with one token per row at slot `fill`."""
     spread = jnp.broadcast_to(position[:, None], (position.shape[0], layer.positions.shape[1], 1))
@@ -89,15 +134,19 @@ def append_one(
         streams={key: write(layer.streams[key], value) for key, value in new.items()},
         positions=write(layer.positions, spread),
         memory={
-            key: write(old, jnp.full(spread.shape, policy.memory[key], old.dtype))
-            for key, old in layer.memory.items()
+            key: write(layer.memory[key], value)
+            for key, value in _started(policy, layer, token, spread.shape).items()
         },
         fill=layer.fill + 1,
     )
 
 
 def overwrite(
-    layer: LayerState, new: dict[str, jax.Array], position: Int[jax.Array, "batch 1"], policy: Policy
+    layer: LayerState,
+    new: dict[str, jax.Array],
+    position: Int[jax.Array, "batch 1"],
+    token: Int[jax.Array, "batch 1"],
+    policy: Policy,
 ) -> LayerState:
     """The layer with one token per row in an empty slot of each head."""
     slot = jnp.argmin(layer.positions, axis=-1)
@@ -109,7 +158,10 @@ def overwrite(
             key: layer.streams[key].at[row, head, slot].set(value[:, :, 0]) for key, value in new.items()
         },
         positions=layer.positions.at[row, head, slot].set(position),
-        memory={key: old.at[row, head, slot].set(policy.memory[key]) for key, old in layer.memory.items()},
+        memory={
+            key: layer.memory[key].at[row, head, slot].set(value)
+            for key, value in _started(policy, layer, token, slot.shape).items()
+        },
     )
 
 
@@ -133,34 +185,44 @@ def observe(
     )
 
 
-def view_of(
-    layer: LayerState,
-    plan: Plan,
-    index: int,
-    sums: jax.Array | None,
-    seen: jax.Array,
-    budget: jax.Array,
-    phase: Any,
-) -> View:
+def view_of(layer: LayerState, plan: Plan, index: int, given: Given, **rest: Any) -> View:
     """What the policy sees of a layer, in physical slot order."""
     spec, needs = plan.spec.layers[index], plan.policy.needs
-    return View(
+    cos, sin = (None, None) if spec.rope is None else given.tables[spec.rope]
+    view = View(
         xp=jnp,
-        phase=phase,
         layer=index,
         layers=len(plan.spec.layers),
         positions=layer.positions,
-        budget=jnp.broadcast_to(budget, layer.positions.shape[:2]),
-        seen=seen,
-        memory=layer.memory,
+        budget=given.budget(index, spec.kv_heads),
+        memory={key: layer.memory[key] for key in plan.policy.memory} | layer.heads,
         keys=widened(layer.streams["keys"]) if needs.keys or needs.queries else None,
         values=widened(layer.streams["values"]) if needs.values else None,
         queries=None if layer.queries is None else widened(layer.queries),
         query_positions=layer.query_positions,
-        sums=sums,
+        tokens=layer.memory["tokens"].astype(jnp.int32) if needs.tokens else None,
+        cos=cos,
+        sin=sin,
+        constants=given.constants,
         scale=spec.scale,
         softcap=spec.softcap,
         window=spec.window,
+        repositions=plan.policy.repositions,
+        **rest,
+    )
+    return repositioned(view) if plan.policy.repositions else view
+
+
+def remembered(layer: LayerState, memory: Mapping[str, jax.Array], active: jax.Array) -> LayerState:
+    """The layer with what the policy noted, in the rows that are active."""
+
+    def chosen(key: str, old: jax.Array) -> jax.Array:
+        return jnp.where(active.reshape(-1, *(1,) * (old.ndim - 1)), memory[key], old)
+
+    return replace(
+        layer,
+        memory={key: chosen(key, old) if key in memory else old for key, old in layer.memory.items()},
+        heads={key: chosen(key, old) for key, old in layer.heads.items()},
     )
 
 
@@ -211,19 +273,26 @@ def compacted(
     A row that is not active keeps all its tokens.
     """
     order = by_position(jnp, layer.positions).astype(jnp.int32)
-    seen = ordered(view, order, lambda x, index: take_slots(jnp, x, index))
+    seen = ordered(policy, view, order, lambda x, index: take_slots(jnp, x, index))
     scores, protected = judge(policy, seen)
+    budget = heads_budgets(policy, seen, scores)
     filled = seen.filled
     living = alive(seen.positions, seen.seen, view.window)
-    index = survivors(jnp, scores, protected, living, seen.budget, slots)
+    index = survivors(jnp, scores, protected, living, budget, slots)
     marked = jnp.zeros_like(filled) if protected is None else protected & filled
-    decision = (seen.positions, jnp.where(filled, scores, 0), marked, keep(jnp, seen.positions, index, EMPTY))
+    kept = keep(jnp, seen.positions, index, EMPTY)
+    decision = (seen.positions, jnp.where(filled, scores, 0), marked, kept, budget)
     if forced is not None:
         index = _slots_where(filled & (seen.positions[..., None] == forced[..., None, :]).any(-1), slots)
     index = jnp.where(active[:, None, None], index, _slots_where(filled, slots))
     lost = (jnp.sum(index >= 0, axis=-1) < jnp.sum(filled, axis=-1)).any(axis=1)
     source = jnp.where(index < 0, index, take_slots(jnp, order, index))
-    return gathered(layer, source), lost, nan(scores, filled), decision
+    result = gathered(layer, source)
+    if policy.merges:
+        pair = zip(("keys", "values"), merged(policy, seen, index), strict=True)
+        streams = {key: value.astype(layer.streams[key].dtype) for key, value in pair}
+        result = replace(result, streams=result.streams | streams)
+    return result, lost, nan(scores, filled), decision
 
 
 def _slots_where(
@@ -261,7 +330,7 @@ class FlaxCache(Cache):
     policy: Policy
     codec: Codec
     dtype: str
-    budgets: tuple[int | None, ...]
+    budgets: list[np.ndarray | None]
     state: State
     row_seen: np.ndarray
     capacity: int | None = None
@@ -271,6 +340,7 @@ class FlaxCache(Cache):
     singles: int = 0
     used: int = 0
     room: int = 0
+    constants: dict[str, jax.Array] = field(default_factory=dict)
     consumed: bool = False
 
     @property
@@ -297,10 +367,6 @@ class FlaxCache(Cache):
         """Tokens that will follow the next call: buffers that grow are sized for them at once, in steps of 512."""
         self.room = -(-tokens // 512) * 512
 
-    def limit(self, index: int) -> int | None:
-        """Most tokens per head of a layer after an eviction."""
-        return limit(self.budgets[index], self.spec.layers[index].window)
-
     def slots(self, index: int, tokens: int = 0) -> int:
         """Slots of a layer for steady decode or, where nothing is evicted, for `tokens` tokens and the announced ones.
 
@@ -326,6 +392,7 @@ class FlaxCache(Cache):
                 each = sum(x.nbytes for x in arrays) // max(layer.positions.size, 1)
                 totals[key] += filled * each
                 totals["padding"] += (layer.positions.size - filled) * each
+            totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
             )
@@ -338,6 +405,7 @@ class FlaxCache(Cache):
                 {key: to_numpy(value) for key, value in layer.streams.items()},
                 to_numpy(layer.positions),
                 {key: to_numpy(value) for key, value in layer.memory.items()},
+                {key: to_numpy(value) for key, value in layer.heads.items()},
                 None if layer.queries is None else to_numpy(layer.queries),
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
             )
@@ -350,7 +418,8 @@ class FlaxCache(Cache):
             dtype=self.dtype,
             layers=layers,
             seen=self.row_seen.copy(),
-            dropped=to_numpy(self.state.dropped),
+            dropped=self.last_eviction,
+            budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
             capacity=self.capacity,
@@ -371,20 +440,20 @@ class FlaxCache(Cache):
             state = jax.tree.map(
                 lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), self.state
             )
-        return replace(self, state=state, row_seen=self.row_seen[pick])
+        budgets = [None if each is None else each[pick] for each in self.budgets]
+        return replace(self, state=state, budgets=budgets, row_seen=self.row_seen[pick])
 
-    def roll_back(self, count: int) -> "FlaxCache":
-        self.alive()
-        self.check_roll_back(count, self.row_seen, to_numpy(self.state.dropped))
+    @property
+    def last_eviction(self) -> np.ndarray:
+        return to_numpy(self.state.dropped)
+
+    def until(self, seen: np.ndarray) -> "FlaxCache":
         result = self.fork()
-        self.consume()
-        result.row_seen = self.row_seen - count
-        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
-        result.used = int(result.row_seen.max())
+        result.row_seen, result.used = seen.astype(np.int32), int(seen.max())
         with precision(self.dtype):
-            seen = to_jax(result.row_seen)
-            layers = [_without(layer, seen) for layer in result.state.layers]
-        result.state = replace(result.state, layers=layers, seen=seen)
+            end = to_jax(result.row_seen)
+            layers = [_without(layer, end) for layer in result.state.layers]
+        result.state = replace(result.state, layers=layers, seen=end)
         return result
 
 
@@ -415,7 +484,13 @@ def empty_layer(layer: Layer, policy: Policy, batch: int, slots: int, dtype: Any
             for key, one in layer.streams.items()
         },
         positions=to_jax(np.full((batch, layer.kv_heads, slots), EMPTY), np.int32),
-        memory={key: to_jax(np.zeros((batch, layer.kv_heads, slots)), wide(dtype)) for key in policy.memory},
+        memory={
+            key: to_jax(np.zeros((batch, layer.kv_heads, slots)), wide(dtype)) for key in slot_memory(policy)
+        },
+        heads={
+            key: to_jax(np.zeros((batch, layer.kv_heads, *shape)), wide(dtype))
+            for key, shape in policy.head_memory(layer).items()
+        },
         queries=to_jax(np.zeros(grouped), dtype) if asked else None,
         query_positions=to_jax(np.full((batch, asked), EMPTY), np.int32) if asked else None,
         fill=to_jax(np.array(0), np.int32),

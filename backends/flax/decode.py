@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from backends.flax.attention import attention
 from backends.flax.cache import (
     FlaxCache,
+    Given,
     LayerState,
     Plan,
     State,
@@ -28,6 +29,7 @@ from backends.flax.cache import (
     observe,
     overwrite,
     packed,
+    remembered,
     view_of,
     without_weakest,
 )
@@ -36,12 +38,13 @@ from backends.flax.rope import rotate
 from framework.arrays import Array
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
-from framework.policy import View, noted
+from framework.eviction import noted, repositioned, streamed
+from framework.policy import BLOCK, Block, View
 from framework.random import gumbel
 from framework.shapes import EMPTY
 
 if TYPE_CHECKING:
-    from backends.flax.model import Block, Decoder, FlaxModel
+    from backends.flax.model import Decoder, DecoderLayer, FlaxModel
 
 
 STOPS = 8  # stop tokens that a compiled loop has room for
@@ -72,9 +75,16 @@ def no_tap(name: str, value: jax.Array) -> None:
 
 
 def _project(
-    block: "Block", plan: Plan, index: int, x: jax.Array, positions: jax.Array, tables: Any, tap: Callable
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [batch kv_heads group tokens head_dim], keys and values [batch kv_heads tokens head_dim], rotated."""
+    block: "DecoderLayer",
+    plan: Plan,
+    index: int,
+    x: jax.Array,
+    positions: jax.Array,
+    given: Given,
+    tap: Callable,
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Queries [batch kv_heads group tokens head_dim], keys and values [batch kv_heads tokens head_dim], rotated; and
+    for a policy that reads the stream of tokens, the un-rotated queries and the input of the projections."""
     at, attn, layer, (batch, tokens) = (
         f"layers.{index}",
         block.attention,
@@ -91,38 +101,42 @@ def _project(
     for key, value in (("query", q), ("key", k), ("value", v)):
         tap(f"{at}.attention.{key}", value)
     q, k, v = (jnp.swapaxes(one, 1, 2) for one in (q, k, v))
+    grouped = (batch, layer.kv_heads, layer.group, tokens, layer.head_dim)
+    raw = q.reshape(grouped)
     if layer.rope is not None and not plan.policy.repositions:
-        q = rotate(q, positions[:, None], tables[layer.rope])
-        k = rotate(k, positions[:, None], tables[layer.rope])
+        q = rotate(q, positions[:, None], given.tables[layer.rope])
+        k = rotate(k, positions[:, None], given.tables[layer.rope])
     tap(f"{at}.attention.query_rotated", jnp.swapaxes(q, 1, 2))
     tap(f"{at}.attention.key_rotated", jnp.swapaxes(k, 1, 2))
-    return q.reshape(batch, layer.kv_heads, layer.group, tokens, layer.head_dim), k, v
+    return q.reshape(grouped), k, v, (raw, h)
 
 
 def _attend(
-    block: "Block", plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array,
-    seen: jax.Array, budget: jax.Array, tables: Any, phase: Any, tap: Callable,
+    block: "DecoderLayer", plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array,
+    source: tuple[jax.Array, jax.Array], given: Given, tap: Callable, **rest: Any,
 ) -> tuple[jax.Array, LayerState, View]:  # fmt: skip
     """Attention of appended tokens; returns the layer's output, the layer with its memory noted, and the view."""
     at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
-    held = observe(held, q, positions)
+    if rest["phase"] != "pass":
+        held = observe(held, q, positions)
     keys = held.streams["keys"]
     if layer.rope is not None and policy.repositions:
         rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
-        keys = rotate(keys, rank, tables[layer.rope])
+        keys = rotate(keys, rank, given.tables[layer.rope])
         own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
-        q = rotate(q, own[:, :, None], tables[layer.rope])
+        q = rotate(q, own[:, :, None], given.tables[layer.rope])
     mixed, sums = attention(
         q, keys, held.streams["values"], positions, held.positions, layer, policy.needs.sums
     )
-    view = view_of(held, plan, index, sums, seen, budget, phase)
-    if policy.memory:
-        active = (positions >= 0).any(axis=1)[:, None, None]
-        memory = noted(policy, view).memory
-        held = replace(
-            held, memory={key: jnp.where(active, memory[key], old) for key, old in held.memory.items()}
-        )
-        view = replace(view, memory=held.memory)
+    output = None
+    if policy.needs.output:
+        weight = widened(block.attention.output.weight[...])
+        output = weight.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
+    view = view_of(held, plan, index, given, sums=sums, output=output, **rest)
+    if view.memory:
+        seen = _streamed(plan, view, positions, *source) if policy.needs.stream else view
+        held = remembered(held, noted(policy, seen).memory, (positions >= 0).any(axis=1))
+        view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
     mixed = jnp.moveaxis(mixed, 3, 1).reshape(*positions.shape, layer.heads * layer.head_dim)
     tap(f"{at}.attention.mixed", mixed)
     y = block.attention.output(mixed)
@@ -130,7 +144,32 @@ def _attend(
     return y, held, view
 
 
-def _rest(block: "Block", plan: Plan, index: int, x: jax.Array, y: jax.Array, tap: Callable) -> jax.Array:
+def _streamed(plan: Plan, view: View, positions: jax.Array, raw: jax.Array, hidden: jax.Array) -> View:
+    """The view after the policy's `stream` of each block of the call."""
+    tokens = positions.shape[1]
+    raw, hidden = widened(raw), widened(hidden)
+    if tokens <= BLOCK:
+        return streamed(plan.policy, view, Block(positions, raw, hidden))
+    count = -(-tokens // BLOCK)
+    more = count * BLOCK - tokens
+    positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=EMPTY)
+    raw = jnp.pad(raw, ((0, 0),) * 3 + ((0, more), (0, 0)))
+    hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
+    cut = (
+        jnp.moveaxis(positions.reshape(-1, count, BLOCK), 1, 0),
+        jnp.moveaxis(raw.reshape(*raw.shape[:3], count, BLOCK, -1), 3, 0),
+        jnp.moveaxis(hidden.reshape(-1, count, BLOCK, hidden.shape[-1]), 1, 0),
+    )
+
+    def one(memory: Any, part: Any) -> tuple[Any, None]:
+        return dict(streamed(plan.policy, replace(view, memory=memory), Block(*part)).memory), None
+
+    return replace(view, memory=jax.lax.scan(one, dict(view.memory), cut)[0])
+
+
+def _rest(
+    block: "DecoderLayer", plan: Plan, index: int, x: jax.Array, y: jax.Array, tap: Callable
+) -> jax.Array:
     """The layer after attention: residual, feed-forward, residual."""
     x = x + (block.attention_post_norm(y) if plan.spec.post_norms else y)
     y = block.ffn(block.ffn_norm(x))
@@ -165,7 +204,7 @@ def _logits(
 
 @partial(
     jax.jit,
-    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "record", "tap"),
+    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "record", "measure", "tap"),
 )
 def advance(
     bones: Skeleton,
@@ -176,34 +215,38 @@ def advance(
     whole: bool,
     slots: tuple[int, ...],
     record: bool,
+    measure: bool,
     leaves: list[jax.Array],
-    tables: Any,
+    given: Given,
     state: State,
     tokens: Int[Array, "batch tokens"],
-    budgets: Int[Array, "layers"],
     forced: list[Array] | None,
     tap: Callable = no_tap,
-) -> tuple[Any, State, list]:
+) -> tuple[Any, State, list, list]:
     """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
 
-    `whole`: rows without a token in this call are evicted too.
+    `whole`: rows without a token in this call are evicted too. Returns logits, state, and what was asked for: decisions
+    (`record`) and the policy's statistics of each layer (`measure`).
     """
     decoder = bones.decoder(leaves)
-    tokens, budgets = jnp.asarray(tokens), jnp.asarray(budgets)
+    tokens, given = jnp.asarray(tokens), jax.tree.map(jnp.asarray, given)
     real = tokens >= 0
     positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
     seen = state.seen + jnp.sum(real, axis=1, dtype=jnp.int32)
     active = jnp.ones_like(real[:, 0]) if whole else real.any(axis=1)
     x = _embed(decoder, plan, tokens, tap)
     taken: list[tuple[int, tuple]] = []
+    statistics: list[jax.Array] = []
     layers, dropped, bad = [], state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
-        q, k, v = _project(block, plan, index, x, positions, tables, tap)
+        q, k, v, source = _project(block, plan, index, x, positions, given, tap)
         first = state.layers[index].slots
-        held = append(state.layers[index], {"keys": k, "values": v}, positions, plan.policy)
+        held = append(state.layers[index], {"keys": k, "values": v}, positions, tokens, plan.policy)
         y, held, view = _attend(
-            block, plan, index, held, q, first, positions, seen, budgets[index], tables, phase, tap
+            block, plan, index, held, q, first, positions, source, given, tap, seen=seen, phase=phase
         )
+        if measure:
+            statistics.append(plan.policy.statistic(view))
         x = _rest(block, plan, index, x, y, tap)
         if due and plan.bounded[index]:
             choice = None if forced is None else jnp.asarray(forced[len(taken)])
@@ -216,21 +259,21 @@ def advance(
     result = State(layers, seen, dropped, bad)
     decisions = taken if record else []
     if logits is None:
-        return None, result, decisions
+        return None, result, decisions, statistics
     if logits == "last":
         last = jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         real = real.any(axis=1, keepdims=True)
     out = _logits(decoder, plan, x, tap)
-    return jnp.where(real[..., None], out, 0), result, decisions
+    return jnp.where(real[..., None], out, 0), result, decisions, statistics
 
 
 def _one(
-    decoder: "Decoder", plan: Plan, tables: Any, state: State, tokens: Int[Array, "batch"],
-    budgets: Int[Array, "layers"], steps: Int[Array, ""],
+    decoder: "Decoder", plan: Plan, given: Given, state: State, tokens: Int[Array, "batch"], steps: Int[Array, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
     """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
-    tokens, budgets, steps = jnp.asarray(tokens), jnp.asarray(budgets), jnp.asarray(steps)
+    tokens, steps = jnp.asarray(tokens), jnp.asarray(steps)
+    given = jax.tree.map(jnp.asarray, given)
     real = tokens >= 0
     position = jnp.where(real, state.seen, EMPTY)[:, None]
     seen = state.seen + real.astype(jnp.int32)
@@ -238,12 +281,12 @@ def _one(
     layers, dropped, bad = [], state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
         held = state.layers[index]
-        q, k, v = _project(block, plan, index, x, position, tables, no_tap)
+        q, k, v, source = _project(block, plan, index, x, position, given, no_tap)
         first = held.fill
         write = overwrite if plan.overwrites(index) else append_one
-        held = write(held, {"keys": k, "values": v}, position, plan.policy)
+        held = write(held, {"keys": k, "values": v}, position, tokens[:, None], plan.policy)
         y, held, view = _attend(
-            block, plan, index, held, q, first, position, seen, budgets[index], tables, "decode", no_tap
+            block, plan, index, held, q, first, position, source, given, no_tap, seen=seen, phase="decode"
         )
         x = _rest(block, plan, index, x, y, no_tap)
         if plan.overwrites(index):
@@ -263,13 +306,17 @@ def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, step
     """Compaction at every `interval`-th step."""
 
     def compact(held: LayerState) -> tuple:
+        # Read from the operand: what the closure captured would keep a second copy of the buffers.
         current = replace(
             view,
             positions=held.positions,
-            memory=held.memory,
+            memory={key: held.memory[key] for key in plan.policy.memory} | held.heads,
             keys=None if view.keys is None else widened(held.streams["keys"]),
             values=None if view.values is None else widened(held.streams["values"]),
+            queries=None if held.queries is None else widened(held.queries),
         )
+        if plan.policy.repositions:
+            current = repositioned(current)
         return compacted(held, current, plan.policy, active, held.slots)[:3]
 
     def wait(held: LayerState) -> tuple:
@@ -285,14 +332,13 @@ def single(
     bones: Skeleton,
     plan: Plan,
     leaves: list[jax.Array],
-    tables: Any,
+    given: Given,
     state: State,
     tokens: Int[Array, "batch"],
-    budgets: Int[Array, "layers"],
     steps: Int[Array, ""],
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:
     """One decode step with given tokens; `steps` counts from 1 since the last prefill."""
-    return _one(bones.decoder(leaves), plan, tables, state, tokens, budgets, steps)
+    return _one(bones.decoder(leaves), plan, given, state, tokens, steps)
 
 
 @partial(jax.jit, static_argnames=("bones", "plan"), donate_argnames=("state", "logits", "out"))
@@ -300,12 +346,11 @@ def loop(
     bones: Skeleton,
     plan: Plan,
     leaves: list[jax.Array],
-    tables: Any,
+    given: Given,
     state: State,
     logits: Float[jax.Array, "batch vocab"],
     out: Int[jax.Array, "batch output"],
     going: Bool[jax.Array, "batch"],
-    budgets: Int[jax.Array, "layers"],
     steps: Int[jax.Array, ""],
     count: Int[jax.Array, ""],
     first: Int[jax.Array, ""],
@@ -334,7 +379,7 @@ def loop(
         chosen = jax.lax.cond(temperature > 0, sampled, greedy, logits.astype(jnp.float32))
         token = jnp.where(going, chosen, EMPTY)
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], done, axis=1)
-        fresh, state = _one(decoder, plan, tables, state, token, budgets, steps + done + 1)
+        fresh, state = _one(decoder, plan, given, state, token, steps + done + 1)
         logits = jnp.where(going[:, None], fresh, logits)
         going = going & ~(chosen[:, None] == stop[None]).any(axis=1)
         return done + 1, state, logits, out, going
@@ -361,9 +406,8 @@ def decode(
         raise KvtwinError(f"{len(stop)} stop tokens; expected at most {STOPS}")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     cache.admit(steps * going)
-    tables = model.reach(cache, int(cache.row_seen.max()) + steps)
     cache = model.ready(cache, steps)
-    plan, budgets, held = cache.plan, model.budgets(cache), cache.state
+    plan, given, held = cache.plan, model.given(cache, int(cache.row_seen.max()) + steps), cache.state
     cache.consume()
     settings = (
         np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
@@ -371,10 +415,10 @@ def decode(
     )  # fmt: skip
     with precision(model.dtype):
         state, logits_after, out, still, done = loop(
-            model.skeleton, plan, model.leaves, tables, held,
+            model.skeleton, plan, model.leaves, given, held,
             np.asarray(logits, np.promote_types(model.kind, np.float32)),
             np.full((cache.batch, -(-steps // OUTPUT) * OUTPUT), EMPTY, np.int32),
-            going, budgets, np.int32(cache.steps), np.int32(steps), np.int32(first), settings,
+            going, np.int32(cache.steps), np.int32(steps), np.int32(first), settings,
             np.array(stop + [-2] * (STOPS - len(stop)), np.int32),
         )  # fmt: skip
         tokens = to_numpy(out)[:, :steps]

@@ -11,14 +11,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from backends.flax.cache import FlaxCache, State, empty_layer
+from backends.flax.cache import FlaxCache, Given, State, empty_layer
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.rope import Tables
-from framework.backend import Decision, Model, check_sizes, read_codec, read_policy, read_tokens
+from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
-from framework.policy import UNLIMITED, Policy, name
+from framework.eviction import UNLIMITED
+from framework.policy import Policy, name
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot
 from framework.spec import ModelSpec
@@ -82,7 +83,7 @@ class FeedForward(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
     """One layer of the decoder."""
 
     def __init__(self, weights: Weights, at: str, spec: ModelSpec):
@@ -100,7 +101,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, weights: Weights, spec: ModelSpec):
         self.embed = nnx.Param(weights["embed.weight"])
-        self.layers = nnx.List([Block(weights, f"layers.{index}", spec) for index in range(len(spec.layers))])
+        self.layers = nnx.List(
+            [DecoderLayer(weights, f"layers.{index}", spec) for index in range(len(spec.layers))]
+        )
         self.norm = RmsNorm(weights, "norm", spec)
         self.head = None if spec.tied else Linear(weights, "head")
 
@@ -128,7 +131,7 @@ class FlaxModel(Model):
         length: int | None = None,
     ) -> FlaxCache:
         check_sizes(batch, capacity, length)
-        made, each = read_policy(policy, self.spec)
+        made, each = read_policy(policy, self.spec, batch)
         with precision(self.dtype):
             state = State(
                 layers=[empty_layer(layer, made, batch, 0, self.kind) for layer in self.spec.layers],
@@ -136,41 +139,42 @@ class FlaxModel(Model):
                 dropped=to_jax(np.zeros(batch), np.int32),
                 bad=to_jax(np.array(False)),
             )
-        seen = np.zeros(batch, np.int32)
-        return FlaxCache(self.spec, made, read_codec(codec), self.dtype, each, state, seen, capacity, length)
+            constants = {
+                key: to_jax(value, wide(self.kind)) for key, value in made.constants(self.spec).items()
+            }
+        return FlaxCache(
+            self.spec, made, read_codec(codec), self.dtype, each, state, np.zeros(batch, np.int32), capacity, length,
+            constants=constants,
+        )  # fmt: skip
 
-    def step(
+    def run(
         self,
-        tokens: Any,
-        cache: Any = None,
+        tokens: np.ndarray,
+        cache: Any,
         *,
         logits: Any = "last",
-        phase: Any = None,
+        phase: Any,
         evict: bool = True,
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
+        statistics: list[np.ndarray] | None = None,
     ) -> tuple[Any, FlaxCache]:
-        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
-        cache = cache or self.cache(batch=len(tokens))
         after = cache.admit((tokens >= 0).sum(1))
-        phase = phase or ("decode" if cache.row_seen.any() else "prefill")
         alone = phase == "decode" and tokens.shape[1] == 1 and not cache.pending and evict
         if alone and forced is None and decisions is None and taps is None:
             return self._single(tokens, cache, after, logits)
-        return self._chunk(tokens, cache, after, logits, phase, evict, forced, decisions, taps)
+        return self._chunk(tokens, cache, after, logits, phase, evict, forced, decisions, taps, statistics)
 
     def _single(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any
     ) -> tuple[Any, FlaxCache]:
-        tables = self.reach(cache, int(after.max()))
         cache = self.ready(cache, 1)
-        held = cache.state
+        given, held = self.given(cache, int(after.max())), cache.state
         cache.consume()
         with precision(self.dtype):
             out, state = single(
-                self.skeleton, cache.plan, self.leaves, tables, held, tokens[:, 0], self.budgets(cache),
-                np.array(cache.steps + 1, np.int32),
+                self.skeleton, cache.plan, self.leaves, given, held, tokens[:, 0], np.array(cache.steps + 1, np.int32)
             )  # fmt: skip
         steps, singles = cache.counted("decode", bool((tokens >= 0).all()))
         result = replace(
@@ -187,7 +191,7 @@ class FlaxModel(Model):
 
     def _chunk(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any, phase: Any, evict: bool,
-        forced: Any, decisions: Any, taps: Any,
+        forced: Any, decisions: Any, taps: Any, statistics: Any,
     ) -> tuple[Any, FlaxCache]:  # fmt: skip
         count = tokens.shape[1]
         wide_tokens = np.full((len(tokens), bucket(count, 16)), EMPTY, np.int32)
@@ -201,20 +205,19 @@ class FlaxModel(Model):
             self._slots(cache, index, due, whole, held + wide_tokens.shape[1], pending, count)
             for index in range(len(self.spec.layers))
         )
-        tables = self.reach(cache, int(after.max()))
-        old = cache.state
+        given, old = self.given(cache, int(after.max())), cache.state
         cache.consume()
         named: dict[str, Any] = {}
         arguments = (
             self.skeleton, cache.plan, phase, logits, due, whole, slots, decisions is not None,
-            self.leaves, tables, old, wide_tokens, self.budgets(cache),
+            statistics is not None, self.leaves, given, old, wide_tokens,
             None if forced is None else [np.asarray(kept, np.int32) for kept in forced],
         )  # fmt: skip
         with precision(self.dtype):
             if taps is None:
-                out, state, taken = advance(*arguments)
+                out, state, taken, measured = advance(*arguments)
             else:
-                out, state, taken = advance.__wrapped__(*arguments, tap=named.__setitem__)
+                out, state, taken, measured = advance.__wrapped__(*arguments, tap=named.__setitem__)
         result = replace(
             cache,
             state=state,
@@ -237,8 +240,10 @@ class FlaxModel(Model):
                 )
         if decisions is not None:
             for index, one in taken:
-                positions, scores, protected, kept = (to_numpy(x) for x in one)
-                decisions.append(Decision(int(index), positions, scores.astype(np.float64), protected, kept))
+                positions, scores, *others = (to_numpy(x) for x in one)
+                decisions.append(Decision(int(index), positions, scores.astype(np.float64), *others))
+        if statistics is not None:
+            statistics.extend(to_numpy(one) for one in measured)
         if logits is None:
             return None, result
         return to_numpy(out)[:, : count if logits == "all" else 1], result
@@ -264,7 +269,7 @@ class FlaxModel(Model):
         """
         if cache.pending:
             nothing = np.full((cache.batch, 1), EMPTY, np.int32)
-            _, cache = self._chunk(nothing, cache, cache.seen, None, "prefill", True, None, None, None)
+            _, cache = self._chunk(nothing, cache, cache.seen, None, "prefill", True, None, None, None, None)
         layers = []
         for index, layer in enumerate(cache.state.layers):
             bounded = cache.limit(index) is not None
@@ -296,14 +301,16 @@ class FlaxModel(Model):
                 memory={key: pad(value) for key, value in layer.memory.items()},
             )
 
-    def reach(self, cache: FlaxCache, positions: int) -> Any:
-        """The rope tables for this many positions."""
+    def given(self, cache: FlaxCache, positions: int) -> Given:
+        """What the compiled functions are given beside the state, for calls that reach this many positions."""
+        heads = max(layer.kv_heads for layer in self.spec.layers)
+        budgets = np.full((len(self.spec.layers), cache.batch, heads), UNLIMITED, np.int32)
+        for index, budget in enumerate(cache.budgets):
+            if budget is not None:
+                budgets[index, :, : budget.shape[1]] = budget
         with precision(self.dtype):
-            return self.tables.of(self.spec, cache.length, positions)
-
-    def budgets(self, cache: FlaxCache) -> np.ndarray:
-        """One traced number per layer."""
-        return np.array([UNLIMITED if budget is None else budget for budget in cache.budgets], np.int32)
+            tables = self.tables.of(self.spec, cache.length, positions + cache.policy.needs.ahead)
+        return Given(tables, budgets, cache.constants)
 
     def check_scores(self, cache: FlaxCache) -> None:
         """Raises if a score was NaN."""
@@ -332,6 +339,7 @@ class FlaxModel(Model):
                     streams={key: to_jax(value, self.kind) for key, value in saved.streams.items()},
                     positions=to_jax(saved.positions, np.int32),
                     memory={key: to_jax(value, wide(self.kind)) for key, value in saved.memory.items()},
+                    heads={key: to_jax(value, wide(self.kind)) for key, value in saved.heads.items()},
                     queries=None if saved.queries is None else to_jax(saved.queries, self.kind),
                     query_positions=None
                     if saved.query_positions is None
@@ -346,6 +354,7 @@ class FlaxModel(Model):
                 seen=to_jax(held.seen, np.int32),
                 dropped=to_jax(held.dropped, np.int32),
             )
+        cache.budgets = list(held.budgets)
         cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
         cache.steps, cache.pending = held.steps, held.pending
         return cache

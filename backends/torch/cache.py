@@ -1,7 +1,7 @@
 """The dynamic cache: per-layer tensors that grow in blocks, shrink by gather, and free what they drop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -13,7 +13,19 @@ from backends.torch.convert import to_numpy, widened
 from framework.arrays import by_position, keep, take_slots
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
-from framework.policy import Policy, View, alive, judge, limit, name, ordered, overwrites, survivors, weakest
+from framework.eviction import (
+    UNLIMITED,
+    alive,
+    heads_budgets,
+    judge,
+    merged,
+    ordered,
+    overwrites,
+    repositioned,
+    survivors,
+    weakest,
+)
+from framework.policy import Policy, View, name
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot, canonical
 from framework.spec import Layer, ModelSpec
@@ -23,14 +35,16 @@ from framework.spec import Layer, ModelSpec
 class LayerCache:
     """One layer. Slots from `fill` on are free to append to; `used` is the most tokens that a head can hold now.
 
+    `memory` is what the policy remembers per slot, `heads` per head. `limit`: most tokens per head after an eviction.
     While `fill` is below the number of slots, the filled slots are in position order.
     """
 
     spec: Layer
-    budget: int | None
+    limit: int | None
     streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
     positions: Int[torch.Tensor, "batch kv_heads slots"]
     memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
+    heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
     fill: int = 0
@@ -41,11 +55,6 @@ class LayerCache:
         return self.positions.shape[-1]
 
     @property
-    def limit(self) -> int | None:
-        """Most tokens per head after an eviction."""
-        return limit(self.budget, self.spec.window)
-
-    @property
     def bound(self) -> int:
         """`limit` of a layer that evicts."""
         assert self.limit is not None
@@ -54,7 +63,13 @@ class LayerCache:
     def tensors(self) -> list[torch.Tensor]:
         """Everything that this layer keeps alive."""
         optional = [x for x in (self.queries, self.query_positions) if x is not None]
-        return [*self.streams.values(), self.positions, *self.memory.values(), *optional]
+        return [
+            *self.streams.values(),
+            self.positions,
+            *self.memory.values(),
+            *self.heads.values(),
+            *optional,
+        ]
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots."""
@@ -71,7 +86,10 @@ class LayerCache:
         self.memory = {key: wider(value, 0) for key, value in self.memory.items()}
 
     def append(
-        self, new: dict[str, torch.Tensor], positions: torch.Tensor, start: Mapping[str, float]
+        self,
+        new: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        start: Mapping[str, float | torch.Tensor],
     ) -> None:
         """Write the tokens behind the filled slots, growing by a quarter where there is no room."""
         count = positions.shape[1]
@@ -88,7 +106,10 @@ class LayerCache:
         self.used += count
 
     def overwrite(
-        self, new: dict[str, torch.Tensor], positions: torch.Tensor, start: Mapping[str, float]
+        self,
+        new: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        start: Mapping[str, float | torch.Tensor],
     ) -> None:
         """Write one token into an empty slot of each row and head."""
         if self.used + 1 > self.slots:
@@ -98,7 +119,8 @@ class LayerCache:
             self.streams[key].scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
         self.positions.scatter_(2, slot, positions[:, None].expand(-1, slot.shape[1], -1))
         for key, value in start.items():
-            self.memory[key].scatter_(2, slot, value)
+            fresh = torch.as_tensor(value, dtype=self.memory[key].dtype, device=slot.device)
+            self.memory[key].scatter_(2, slot, fresh.expand(slot.shape))
         self.fill = self.slots
         self.used += 1
 
@@ -116,29 +138,49 @@ class LayerCache:
         self.queries = both.gather(3, index)
 
     def view(
-        self, policy: Policy, sums: torch.Tensor | None, seen: torch.Tensor, budget: int, **static: Any
+        self,
+        policy: Policy,
+        sums: torch.Tensor | None,
+        budget: torch.Tensor | None,
+        table: tuple[torch.Tensor, torch.Tensor] | None,
+        **rest: Any,
     ) -> View:
-        """What the policy sees, in physical slot order."""
+        """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope."""
         needs = policy.needs
         wanted = needs.keys or needs.queries > 0
-        return View(
+        cos, sin = (None, None) if table is None else table
+        shape = self.positions.shape[:2]
+        if budget is None:
+            budget = torch.full(shape, UNLIMITED, dtype=torch.int32, device=self.positions.device)
+        view = View(
             xp=xp,
             positions=self.positions,
-            budget=torch.full(
-                self.positions.shape[:2], budget, dtype=torch.int32, device=self.positions.device
-            ),
-            seen=seen,
-            memory=self.memory,
+            budget=budget,
+            memory={key: self.memory[key] for key in policy.memory} | self.heads,
             keys=widened(self.streams["keys"]) if wanted else None,
             values=widened(self.streams["values"]) if needs.values else None,
             queries=None if self.queries is None else widened(self.queries),
             query_positions=self.query_positions,
             sums=sums,
+            tokens=self.memory["tokens"].to(torch.int32) if needs.tokens else None,
+            cos=cos,
+            sin=sin,
             scale=self.spec.scale,
             softcap=self.spec.softcap,
             window=self.spec.window,
-            **static,
+            repositions=policy.repositions,
+            **rest,
         )
+        return repositioned(view) if policy.repositions else view
+
+    def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
+        """Take over what the policy noted, in the rows that are active."""
+
+        def chosen(key: str, old: torch.Tensor) -> torch.Tensor:
+            return torch.where(active.view(-1, *(1,) * (old.ndim - 1)), memory[key], old)
+
+        self.memory |= {key: chosen(key, old) for key, old in self.memory.items() if key in memory}
+        self.heads = {key: chosen(key, old) for key, old in self.heads.items()}
 
     def compact(
         self,
@@ -152,8 +194,9 @@ class LayerCache:
         Returns which rows lost a token, the decision, and whether a score was NaN.
         """
         order = by_position(xp, self.positions)
-        seen = ordered(view, order, lambda x, index: take_slots(xp, x, index))
+        seen = ordered(policy, view, order, lambda x, index: take_slots(xp, x, index))
         scores, protected = judge(policy, seen)
+        budget = heads_budgets(policy, seen, scores)
         filled = seen.filled
         bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
         living = alive(seen.positions, seen.seen, self.spec.window)
@@ -161,9 +204,9 @@ class LayerCache:
         idle = 0 if bool(active.all()) else int(filled[~active].sum(-1).max())
         room = min(self.used, max(self.bound, idle))
         slots = room + policy.interval
-        index = survivors(xp, scores, protected, living, seen.budget, slots)
+        index = survivors(xp, scores, protected, living, budget, slots)
         chosen = keep(xp, seen.positions, index, EMPTY)
-        decision = (seen.positions, scores, protected, chosen)
+        decision = (seen.positions, scores, protected, chosen, budget)
         if forced is not None:
             index = _slots_of(seen.positions, forced, slots)
         index = torch.where(active[:, None, None], index, _all(filled, slots))
@@ -171,6 +214,9 @@ class LayerCache:
         source = take_slots(xp, order, index)
         source = torch.where(index < 0, index, source.to(index.dtype))
         self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
+        if policy.merges:
+            pair = zip(("keys", "values"), merged(policy, seen, index), strict=True)
+            self.streams |= {key: value.to(self.streams[key].dtype) for key, value in pair}
         self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
         self.positions = keep(xp, self.positions, source, EMPTY)
         self.fill = self.used = room
@@ -215,7 +261,7 @@ class TorchCache(Cache):
     spec: ModelSpec
     policy: Policy
     codec: Codec
-    budgets: tuple[int | None, ...]
+    budgets: list[np.ndarray | None]
     layers: list[LayerCache]
     row_seen: np.ndarray
     dropped: torch.Tensor
@@ -224,6 +270,7 @@ class TorchCache(Cache):
     steps: int = 0
     pending: bool = False
     singles: int = 0
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     consumed: bool = False
 
     @property
@@ -237,7 +284,11 @@ class TorchCache(Cache):
 
     def overwrites(self, layer: LayerCache) -> bool:
         """True where decode puts a token into an emptied slot."""
-        return overwrites(self.policy, layer.budget, layer.spec.window)
+        return overwrites(self.policy, layer.limit is not None)
+
+    def allot(self, statistics: Sequence[np.ndarray]) -> None:
+        super().allot(statistics)
+        self.layers = [replace(layer, limit=self.limit(index)) for index, layer in enumerate(self.layers)]
 
     @property
     def bytes(self) -> Bytes:
@@ -255,6 +306,7 @@ class TorchCache(Cache):
                 each = sum(x.nbytes for x in tensors) // max(layer.positions.numel(), 1)
                 totals[key] += filled * each
                 totals["padding"] += empty * each
+            totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
             )
@@ -267,6 +319,7 @@ class TorchCache(Cache):
                 {key: to_numpy(value) for key, value in layer.streams.items()},
                 to_numpy(layer.positions),
                 {key: to_numpy(value) for key, value in layer.memory.items()},
+                {key: to_numpy(value) for key, value in layer.heads.items()},
                 None if layer.queries is None else to_numpy(layer.queries),
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
             )
@@ -279,7 +332,8 @@ class TorchCache(Cache):
             dtype=str(self.layers[0].streams["keys"].dtype).removeprefix("torch."),
             layers=layers,
             seen=self.row_seen.copy(),
-            dropped=to_numpy(self.dropped),
+            dropped=self.last_eviction,
+            budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
             capacity=self.capacity,
@@ -304,23 +358,26 @@ class TorchCache(Cache):
                 streams={key: value[index] for key, value in layer.streams.items()},
                 positions=layer.positions[index],
                 memory={key: value[index] for key, value in layer.memory.items()},
+                heads={key: value[index] for key, value in layer.heads.items()},
                 queries=pick(layer.queries),
                 query_positions=pick(layer.query_positions),
             )
             for layer in self.layers
         ]
-        return replace(self, layers=layers, row_seen=self.row_seen[index], dropped=self.dropped[index])
+        budgets = [None if each is None else each[index] for each in self.budgets]
+        seen, dropped = self.row_seen[index], self.dropped[index]
+        return replace(self, layers=layers, budgets=budgets, row_seen=seen, dropped=dropped)
 
-    def roll_back(self, count: int) -> "TorchCache":
-        self.alive()
-        self.check_roll_back(count, self.row_seen, to_numpy(self.dropped))
+    @property
+    def last_eviction(self) -> np.ndarray:
+        return to_numpy(self.dropped)
+
+    def until(self, seen: np.ndarray) -> "TorchCache":
         result = self.fork()
-        self.consume()
-        result.row_seen = self.row_seen - count
-        result.steps, result.singles = max(0, self.steps - count), max(0, self.singles - count)
-        seen = torch.as_tensor(result.row_seen, device=self.dropped.device)
+        result.row_seen = seen.astype(np.int32)
+        end = torch.as_tensor(result.row_seen, device=self.dropped.device)
         for layer in result.layers:
-            gone = layer.positions >= seen[:, None, None]
+            gone = layer.positions >= end[:, None, None]
             layer.positions.masked_fill_(gone, EMPTY)
             for value in layer.streams.values():
                 value.masked_fill_(gone[..., None], 0)

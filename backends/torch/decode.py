@@ -12,6 +12,7 @@ from backends.torch.cache import TorchCache
 from backends.torch.convert import to_numpy, to_torch, widened
 from framework.decode import Sampling, choose
 from framework.random import gumbel
+from framework.shapes import EMPTY
 
 if TYPE_CHECKING:
     from backends.torch.model import TorchModel
@@ -30,7 +31,8 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray, TorchCache]:
     """See `framework.backend.Model.decode`."""
     if cache.pending:
-        _, cache = model.step(np.full((cache.batch, 1), -1), cache, logits=None, phase="prefill")
+        nothing = np.full((cache.batch, 1), EMPTY, np.int32)
+        _, cache = model.run(nothing, cache, logits=None, phase="prefill")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     out = np.full((cache.batch, steps), -1, np.int32)
     current = to_torch(logits, device=model.device)

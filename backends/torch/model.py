@@ -16,10 +16,11 @@ from backends.torch.cache import LayerCache, TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.rope import Tables
-from framework.backend import Decision, Model, check_sizes, read_codec, read_policy, read_tokens
+from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
-from framework.policy import UNLIMITED, Phase, Policy, View, name, noted
+from framework.eviction import noted, slot_memory, streamed
+from framework.policy import BLOCK, Block, Phase, Policy, View, name
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
 from framework.spec import Layer, ModelSpec
@@ -71,7 +72,7 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One layer of the decoder."""
 
     def __init__(self, spec: ModelSpec, layer: Layer):
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.embed = nn.Embedding(spec.vocab, spec.dim)
-        self.layers = nn.ModuleList(Block(spec, layer) for layer in spec.layers)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in spec.layers)
         self.norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
         self.head = None if spec.tied else nn.Linear(spec.dim, spec.vocab, bias=False)
 
@@ -126,58 +127,59 @@ class TorchModel(Model):
         length: int | None = None,
     ) -> TorchCache:
         check_sizes(batch, capacity, length)
-        made, each = read_policy(policy, self.spec)
-        layers = [
-            self._layer(made, layer, budget, batch)
-            for layer, budget in zip(self.spec.layers, each, strict=True)
-        ]
-        dropped = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        seen = np.zeros(batch, np.int32)
-        return TorchCache(self.spec, made, read_codec(codec), each, layers, seen, dropped, capacity, length)
+        made, each = read_policy(policy, self.spec, batch)
+        wide = torch.promote_types(self.kind, torch.float32)
+        cache = TorchCache(
+            self.spec, made, read_codec(codec), each, [self._layer(made, layer, batch) for layer in self.spec.layers],
+            np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device), capacity, length,
+            constants={
+                key: to_torch(value, wide, self.device) for key, value in made.constants(self.spec).items()
+            },
+        )  # fmt: skip
+        for index, layer in enumerate(cache.layers):
+            layer.limit = cache.limit(index)
+        return cache
 
-    def _layer(self, policy: Policy, layer: Layer, budget: int | None, batch: int) -> LayerCache:
+    def _layer(self, policy: Policy, layer: Layer, batch: int) -> LayerCache:
         asked = policy.needs.queries
         wide = torch.promote_types(self.kind, torch.float32)
         empty = {"device": self.device, "dtype": self.kind}
+        heads = (batch, layer.kv_heads)
         return LayerCache(
             layer,
-            budget,
+            None,
             {key: torch.zeros(batch, one.heads, 0, one.width, **empty) for key, one in layer.streams.items()},
-            torch.full((batch, layer.kv_heads, 0), EMPTY, dtype=torch.int32, device=self.device),
+            torch.full((*heads, 0), EMPTY, dtype=torch.int32, device=self.device),
+            {key: torch.zeros(*heads, 0, dtype=wide, device=self.device) for key in slot_memory(policy)},
             {
-                key: torch.zeros(batch, layer.kv_heads, 0, dtype=wide, device=self.device)
-                for key in policy.memory
+                key: torch.zeros(*heads, *shape, dtype=wide, device=self.device)
+                for key, shape in policy.head_memory(layer).items()
             },
-            torch.zeros(batch, layer.kv_heads, layer.group, asked, layer.head_dim, **empty)
-            if asked
-            else None,
+            torch.zeros(*heads, layer.group, asked, layer.head_dim, **empty) if asked else None,
             torch.full((batch, asked), EMPTY, dtype=torch.int32, device=self.device) if asked else None,
         )
 
     @torch.inference_mode()
-    def step(
+    def run(
         self,
-        tokens: Any,
-        cache: Any = None,
+        tokens: np.ndarray,
+        cache: Any,
         *,
         logits: Any = "last",
-        phase: Any = None,
+        phase: Any,
         evict: bool = True,
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
+        statistics: list[np.ndarray] | None = None,
     ) -> tuple[Any, TorchCache]:
-        tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
-        cache = cache or self.cache(batch=len(tokens))
-        phase = phase or ("decode" if cache.seen.any() else "prefill")
-
         def listen(key: str, value: torch.Tensor) -> None:
             assert taps is not None
             taps[key] = to_numpy(widened(value))
 
         out, cache = self.advance(
             to_torch(tokens, device=self.device), tokens, cache, logits, phase, evict, forced, decisions,
-            no_tap if taps is None else listen,
+            no_tap if taps is None else listen, statistics,
         )  # fmt: skip
         return None if out is None else to_numpy(widened(out)), cache
 
@@ -192,13 +194,14 @@ class TorchModel(Model):
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         tap: Tap = no_tap,
+        statistics: list[np.ndarray] | None = None,
     ) -> tuple[Any, TorchCache]:
-        """`step` on tensors; `host` is the same tokens in NumPy."""
+        """`run` on tensors; `host` is the same tokens in NumPy."""
         spec, policy = self.spec, cache.policy
         after = cache.admit((host >= 0).sum(1))
         for layer in spec.layers:
             if layer.rope is not None:
-                self.tables.grow(layer.rope, cache.length, int(after.max()))
+                self.tables.grow(layer.rope, cache.length, int(after.max()) + policy.needs.ahead)
         cache.consume()
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
         real = tokens >= 0
@@ -216,25 +219,30 @@ class TorchModel(Model):
 
         x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
         tap("embed", x)
-        views = []
+        active = torch.ones_like(real[:, 0]) if whole else real.any(1)
+        number = 0
         for index, block in enumerate(self.decoder.layers):
-            y, view = self._attend(block, index, x, positions, seen, cache, single, phase, tap)
-            views.append(view)
+            y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap)
+            if statistics is not None:
+                statistics.append(to_numpy(policy.statistic(view)))
+            if due and cache.layers[index].limit is not None:
+                choice = None if forced is None else to_torch(forced[number], device=self.device)
+                self._evict(cache, index, view, active, single, choice, decisions)
+                number += 1
+            del view  # and with it the layer's tokens that were evicted
             x = x + (block.attention_post_norm(y) if spec.post_norms else y)
             y = block.ffn(block.ffn_norm(x))
             tap(f"layers.{index}.ffn", y)
             x = x + (block.ffn_post_norm(y) if spec.post_norms else y)
             tap(f"layers.{index}.output", x)
-        if due:
-            active = torch.ones_like(real[:, 0]) if whole else real.any(1)
-            self._evict(cache, views, active, single, forced, decisions)
         return self._logits(x, real, logits, tap), cache
 
     def _attend(
         self,
-        block: Block,
+        block: DecoderLayer,
         index: int,
         x: Float[torch.Tensor, "batch tokens dim"],
+        ids: Int[torch.Tensor, "batch tokens"],
         positions: Int[torch.Tensor, "batch tokens"],
         seen: Int[torch.Tensor, "batch"],
         cache: TorchCache,
@@ -260,19 +268,24 @@ class TorchModel(Model):
         for key, value in (("query", q), ("key", k), ("value", v)):
             tap(f"{at}.attention.{key}", value)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        raw = q.unflatten(1, (layer.kv_heads, layer.group))
         if layer.rope is not None and not policy.repositions:
             q = self.tables.rotate(q, positions[:, None], layer.rope, cache.length)
             k = self.tables.rotate(k, positions[:, None], layer.rope, cache.length)
         tap(f"{at}.attention.query_rotated", q.transpose(1, 2))
         tap(f"{at}.attention.key_rotated", k.transpose(1, 2))
         grouped = q.unflatten(1, (layer.kv_heads, layer.group))
+        start = {
+            key: ids[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()
+        }
         if single and cache.overwrites(held) and held.used >= 1:
-            held.overwrite({"keys": k, "values": v}, positions, policy.memory)
+            held.overwrite({"keys": k, "values": v}, positions, start)
             first = held.slots - tokens
         else:
             first = held.fill
-            held.append({"keys": k, "values": v}, positions, policy.memory)
-        held.observe(grouped, positions)
+            held.append({"keys": k, "values": v}, positions, start)
+        if phase != "pass":
+            held.observe(grouped, positions)
         keys = held.streams["keys"]
         if layer.rope is not None and policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
@@ -282,48 +295,61 @@ class TorchModel(Model):
         mixed, sums = attention(
             grouped, keys, held.streams["values"], positions, held.positions, layer, first, policy.needs.sums
         )
-        budget = UNLIMITED if held.budget is None else held.budget
-        view = held.view(policy, sums, seen, budget, phase=phase, layer=index, layers=len(self.spec.layers))
-        if policy.memory:
-            view = noted(policy, view)
-            active = (positions >= 0).any(1)[:, None, None]
-            held.memory = {
-                key: torch.where(active, view.memory[key], old) for key, old in held.memory.items()
-            }
-            view = replace(view, memory=held.memory)
+        budget = cache.budgets[index]
+        view = held.view(
+            policy,
+            sums,
+            None if budget is None else to_torch(budget, device=self.device),
+            None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
+            seen=seen,
+            phase=phase,
+            layer=index,
+            layers=len(self.spec.layers),
+            output=self._output(block, layer) if policy.needs.output else None,
+            constants=cache.constants,
+        )
+        if view.memory:
+            for begin in range(0, tokens, BLOCK) if policy.needs.stream else ():
+                span = slice(begin, begin + BLOCK)
+                part = Block(positions[:, span], widened(raw[:, :, :, span]), widened(h[:, span]))
+                view = streamed(policy, view, part)
+            held.remember(noted(policy, view).memory, (positions >= 0).any(1))
+            view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
         mixed = mixed.flatten(1, 2).transpose(1, 2).flatten(2)
         tap(f"{at}.attention.mixed", mixed)
         y = attn.output(mixed)
         tap(f"{at}.attention.output", y)
         return y, view
 
+    def _output(
+        self, block: DecoderLayer, layer: Layer
+    ) -> Float[torch.Tensor, "kv_heads group head_dim dim"]:
+        """The output projection of each query head."""
+        return widened(block.attention.output.weight).T.reshape(
+            layer.kv_heads, layer.group, layer.head_dim, -1
+        )
+
     def _evict(
         self,
         cache: TorchCache,
-        views: list[View],
+        index: int,
+        view: View,
         active: torch.Tensor,
         single: bool,
-        forced: Sequence[np.ndarray] | None,
+        forced: torch.Tensor | None,
         decisions: list[Decision] | None,
     ) -> None:
-        number = 0
-        for index, (held, view) in enumerate(zip(cache.layers, views, strict=True)):
-            if held.limit is None:
-                continue
-            if single and cache.overwrites(held):
-                lost, bad = held.evict_one(cache.policy, view, active)
-            else:
-                choice = None if forced is None else to_torch(forced[number], device=self.device)
-                lost, decision, bad = held.compact(cache.policy, view, active, choice)
-                if decisions is not None:
-                    decisions.append(_decision(index, *decision))
-            if bool(bad):
-                raise KvtwinError(
-                    f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers"
-                )
-            seen = torch.as_tensor(cache.row_seen, device=self.device)
-            cache.dropped = torch.where(lost, seen, cache.dropped)
-            number += 1
+        """Evict from one layer."""
+        held = cache.layers[index]
+        if single and cache.overwrites(held):
+            lost, bad = held.evict_one(cache.policy, view, active)
+        else:
+            lost, decision, bad = held.compact(cache.policy, view, active, forced)
+            if decisions is not None:
+                decisions.append(_decision(index, *decision))
+        if bool(bad):
+            raise KvtwinError(f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers")
+        cache.dropped = torch.where(lost, view.seen, cache.dropped)
 
     def _logits(
         self, x: torch.Tensor, real: torch.Tensor, which: str | None, tap: Tap
@@ -359,16 +385,18 @@ class TorchModel(Model):
     def restore(self, source: Snapshot | str | os.PathLike) -> TorchCache:
         held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
         cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
-        cache.row_seen = held.seen.astype(np.int32)
+        cache.row_seen, cache.budgets = held.seen.astype(np.int32), list(held.budgets)
         cache.dropped = to_torch(held.dropped, torch.int32, self.device)
         cache.steps, cache.pending = held.steps, held.pending
         wide = torch.promote_types(self.kind, torch.float32)
-        for layer, saved in zip(cache.layers, held.layers, strict=True):
+        for index, (layer, saved) in enumerate(zip(cache.layers, held.layers, strict=True)):
+            layer.limit = cache.limit(index)
             layer.streams = {
                 key: to_torch(value, self.kind, self.device) for key, value in saved.streams.items()
             }
             layer.positions = to_torch(saved.positions, torch.int32, self.device)
             layer.memory = {key: to_torch(value, wide, self.device) for key, value in saved.memory.items()}
+            layer.heads = {key: to_torch(value, wide, self.device) for key, value in saved.heads.items()}
             if saved.queries is not None and saved.query_positions is not None:
                 layer.queries = to_torch(saved.queries, self.kind, self.device)
                 layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
@@ -377,11 +405,11 @@ class TorchModel(Model):
 
 
 def _decision(
-    index: int, positions: torch.Tensor, scores: torch.Tensor, protected: Any, kept: torch.Tensor
+    index: int, positions: torch.Tensor, scores: torch.Tensor, protected: Any, kept: torch.Tensor, budget: Any
 ) -> Decision:
     """The decision as NumPy; scores in at least float32."""
     filled = positions >= 0
     marked = torch.zeros_like(filled) if protected is None else protected & filled
     scores = torch.where(filled, scores, 0)
     wide = scores.double() if not scores.is_floating_point() else widened(scores)
-    return Decision(index, *(to_numpy(x) for x in (positions, wide.double(), marked, kept)))
+    return Decision(index, *(to_numpy(x) for x in (positions, wide.double(), marked, kept, budget)))

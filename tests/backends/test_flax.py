@@ -80,8 +80,8 @@ def loop_arguments(model: Model, policy: str) -> tuple[Any, tuple]:
     cached = model.ready(cached, 8)
     settings = (np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.uint32(0))
     return cached, (
-        model.skeleton, cached.plan, model.leaves, model.reach(cached, 64), cached.state, logits[:, 0],
-        np.full((len(LENGTHS), 512), -1, np.int32), np.ones(len(LENGTHS), bool), model.budgets(cached),
+        model.skeleton, cached.plan, model.leaves, model.given(cached, 64), cached.state, logits[:, 0],
+        np.full((len(LENGTHS), 512), -1, np.int32), np.ones(len(LENGTHS), bool),
         np.int32(0), np.int32(8), np.int32(0), settings, np.full(compiled.STOPS, -2, np.int32),
     )  # fmt: skip
 

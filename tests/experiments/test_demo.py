@@ -131,7 +131,9 @@ def test_the_command_fails_where_a_verdict_is_not_equal(rows, tmp_path, monkeypa
 def test_a_swap_counts_only_within_rounding(scores, kept, near):
     positions = np.arange(3, dtype=np.int32)[None, None]
     numbers = np.array(scores, np.float64)[None, None]
-    own = Decision(0, positions, numbers, np.zeros((1, 1, 3), bool), np.array([[[1, 2]]], np.int32))
+    own = Decision(
+        0, positions, numbers, np.zeros((1, 1, 3), bool), np.array([[[1, 2]]], np.int32), np.array([[2]])
+    )
     assert demo.swapped(own, np.array(kept, np.int32)[None, None]) == (1, near)
 
 

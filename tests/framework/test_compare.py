@@ -81,6 +81,7 @@ def decision(
         np.array([*scores, 0.0])[None, None],
         np.isin(positions, protected)[None, None],
         np.array([*kept, -1], np.int32)[None, None],
+        np.array([[len(kept)]], np.int32),
     )
 
 

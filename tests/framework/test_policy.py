@@ -15,20 +15,8 @@ from hypothesis.extra.numpy import arrays
 
 from framework.arrays import by_position, pool, softmax
 from framework.errors import KvtwinError
-from framework.policy import (
-    Policy,
-    View,
-    alive,
-    attends,
-    budgets,
-    judge,
-    limit,
-    noted,
-    overwrites,
-    policies,
-    survivors,
-    weakest,
-)
+from framework.eviction import alive, judge, layer_budgets, limit, noted, overwrites, survivors, weakest
+from framework.policy import Policy, View, attends, policies
 from framework.spec import Layer, ModelSpec
 
 LIBRARIES = {
@@ -74,7 +62,7 @@ def test_survivors_are_the_best_by_living_protected_score_and_age(
         age = np.arange(SLOTS)
         slots = [slot for slot in age if living[place][slot]]
         slots.sort(key=lambda slot: rank(slot, scores[place], protected[place], living[place], age))
-        best = sorted(slots[::-1][: budget[place]])[:capacity]
+        best = sorted(slots[::-1][: min(budget[place], capacity)])
         assert got[place].tolist() == best + [-1] * (capacity - len(best))
 
 
@@ -132,19 +120,19 @@ def test_limit_is_the_smaller_of_budget_and_what_a_later_query_sees(budget, wind
 
 
 @pytest.mark.parametrize(
-    ("spelling", "budget", "window", "does"),
+    ("spelling", "bounded", "does"),
     [
-        ("h2o(budget=4)", 4, None, True),
-        ("h2o(budget=4, interval=2)", 4, None, False),
-        ("snapkv(budget=4)", 4, None, False),
-        ("window(budget=4)", 4, None, True),
-        ("window(budget=4, reposition=True)", 4, None, False),
-        ("full", None, 6, True),
-        ("full", None, None, False),
+        ("h2o(budget=4)", True, True),
+        ("h2o(budget=4, interval=2)", True, False),
+        ("snapkv(budget=4)", True, False),
+        ("window(budget=4)", True, True),
+        ("window(budget=4, reposition=True)", True, False),
+        ("full", True, True),
+        ("full", False, False),
     ],
 )
-def test_overwriting_is_for_order_free_policies_in_bounded_layers(spelling, budget, window, does):
-    assert overwrites(policies.make(spelling), budget, window) is does
+def test_overwriting_is_for_order_free_policies_in_bounded_layers(spelling, bounded, does):
+    assert overwrites(policies.make(spelling), bounded) is does
 
 
 def random_view(xp=NUMPY, seed=0, slots=17, asked=4, dtype=np.float64, **changes):
@@ -256,22 +244,24 @@ def test_newest_counts_positions_and_not_slots(xp):
 
 # Budgets.
 
-LAYER = Layer(heads=2, kv_heads=1, head_dim=4, scale=0.5, rope=None)
+LAYER = Layer(heads=4, kv_heads=2, head_dim=4, scale=0.5, rope=None)
 LAYERS = ModelSpec(family="llama", vocab=7, dim=8, ffn=9, norm_eps=1e-6, positions=64, layers=(LAYER,) * 3)
 
 
 @pytest.mark.parametrize(
     ("spelling", "expected"),
     [
-        ("tova(budget=5)", (5, 5, 5)),
-        ("tova(budget=(4, 5, 6))", (4, 5, 6)),
-        ("window(budget=4)", (4, 4, 4)),
-        ("h2o(budget=1)", (1, 1, 1)),
+        ("tova(budget=5)", ((5, 5), (5, 5), (5, 5))),
+        ("tova(budget=(4, 5, 6))", ((4, 4), (5, 5), (6, 6))),
+        ("tova(budget=(4, (5, 5), 6))", ((4, 4), (5, 5), (6, 6))),
+        ("h2o(budget=(4, (7, 5), (1, 2)))", ((4, 4), (7, 5), (1, 2))),
+        ("window(budget=4)", ((4, 4), (4, 4), (4, 4))),
+        ("h2o(budget=1)", ((1, 1), (1, 1), (1, 1))),
         ("full", (None, None, None)),
     ],
 )
-def test_budgets_are_one_number_for_each_layer(spelling, expected):
-    assert budgets(policies.make(spelling), LAYERS) == expected
+def test_budgets_are_one_number_for_each_head(spelling, expected):
+    assert layer_budgets(policies.make(spelling), LAYERS) == expected
 
 
 @pytest.mark.parametrize(
@@ -284,13 +274,22 @@ def test_budgets_are_one_number_for_each_layer(spelling, expected):
         ("tova(budget=(4, 5))", "has 2 budgets; expected one, or one for each of 3 layers"),
         ("tova(budget=())", "has 0 budgets"),
         ("tova(budget=(4, 5, 0))", "budget 0 in layer 2; expected at least 1"),
+        (
+            "h2o(budget=(4, (5, 6, 7), 4))",
+            "has 3 budgets in layer 1; expected one, or one for each of 2 kv heads",
+        ),
+        ("h2o(budget=(4, (5, 0), 4))", "budget 0 in layer 1; expected at least 1"),
+        (
+            "tova(budget=(4, (5, 6), 4))",
+            "keeps one set for all heads of a layer; expected one budget in layer 1",
+        ),
         ("window(budget=3)", "budget 3 in layer 0; expected at least 4: what it protects"),
         ("snapkv(budget=(40, 31, 40))", "budget 31 in layer 1; expected at least 32"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(spelling, words):
     with pytest.raises(KvtwinError) as error:
-        budgets(policies.make(spelling), LAYERS)
+        layer_budgets(policies.make(spelling), LAYERS)
     assert words in str(error.value)
 
 
@@ -318,7 +317,7 @@ class Bare(Policy):
 )
 def test_budgets_and_intervals_of_another_type_are_refused(fields, words):
     with pytest.raises(KvtwinError) as error:
-        budgets(Bare(**fields), LAYERS)
+        layer_budgets(Bare(**fields), LAYERS)
     assert words in str(error.value)
 
 
