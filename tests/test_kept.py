@@ -24,6 +24,10 @@ CHECKED = 6  # steps that run under the type checker; the same code then runs wi
 # Fields are spelled so that the same text makes the policy on every backend.
 EXAMPLES = [policies.spelling(one) for name in policies.names() for one in policies.get(name).examples()]
 FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in policies.names()]
+# In `make test` the long runs are of these, which between them use every hook; `make test-slow` has them all.
+CORE = (
+    "adakv", "expected_attention", "full", "h2o", "keep_it_odd", "key_norm", "random", "snapkv", "tova", "window",
+)  # fmt: skip
 # These look at nothing but positions: what the others show of the compiled step, they show again.
 PLAIN = [one for one in EXAMPLES if one.startswith(("random", "window")) and "reposition" not in one]
 BLIND = [*PLAIN, "full()", "keep_it_odd(budget=9)"]  # scores without rounding
@@ -32,7 +36,13 @@ BLIND = [*PLAIN, "full()", "keep_it_odd(budget=9)"]  # scores without rounding
 def _cases(chosen: Sequence[str], later: Callable[[str, str], bool]) -> list[Any]:
     """(backend, policy) of these policies; `later` says which of them wait for make test-slow."""
     return [
-        pytest.param(backend, policy, marks=[pytest.mark.slow] if later(backend, policy) else [])
+        pytest.param(
+            backend,
+            policy,
+            marks=[pytest.mark.slow]
+            if later(backend, policy) or policy.partition("(")[0] not in CORE
+            else [],
+        )
         for backend in TWINS
         for policy in chosen
     ]
