@@ -90,7 +90,7 @@ def weakest(
 
 def slot_memory(policy: Policy) -> dict[str, float]:
     """The arrays with one number per slot that a cache keeps for a policy, and what a new token starts with."""
-    return dict(policy.memory) | ({"tokens": EMPTY} if policy.needs.tokens else {})
+    return dict(policy.memory) | ({"tokens": float(EMPTY)} if policy.needs.tokens else {})
 
 
 def remembers(policy: Policy, spec: ModelSpec) -> bool:
