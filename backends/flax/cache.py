@@ -91,9 +91,9 @@ class Given:
 
 
 def _started(policy: Policy, layer: LayerState, tokens: jax.Array, shape: Any) -> dict[str, jax.Array]:
-    """The per-slot memory of new tokens with these ids."""
+    """The per-slot memory of new tokens with these ids, which broadcast to the shape."""
     start = slot_memory(policy)
-    values = {key: tokens[:, None] if key == "tokens" else start[key] for key in layer.memory}
+    values = {key: tokens if key == "tokens" else start[key] for key in layer.memory}
     return {key: jnp.broadcast_to(values[key], shape).astype(old.dtype) for key, old in layer.memory.items()}
 
 
@@ -107,7 +107,7 @@ def append(
     """The layer with the tokens behind its slots; the buffers grow, so this is for prefill."""
     heads = layer.positions.shape[1]
     spread = jnp.broadcast_to(positions[:, None], (positions.shape[0], heads, positions.shape[1]))
-    fresh = _started(policy, layer, tokens, spread.shape)
+    fresh = _started(policy, layer, tokens[:, None], spread.shape)
     return replace(
         layer,
         streams={key: jnp.concatenate([layer.streams[key], value], axis=2) for key, value in new.items()},
@@ -135,7 +135,7 @@ def append_one(
         positions=write(layer.positions, spread),
         memory={
             key: write(layer.memory[key], value)
-            for key, value in _started(policy, layer, token, spread.shape).items()
+            for key, value in _started(policy, layer, token[:, None], spread.shape).items()
         },
         fill=layer.fill + 1,
     )
