@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from experiments import check, compare, demo, generate
+from experiments import catalogue, check, compare, demo, filters, generate
 from framework.errors import KvtwinError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -15,6 +15,8 @@ app.command("demo")(demo.command)
 app.command("generate")(generate.command)
 app.command("compare")(compare.command)
 app.command("check")(check.command)
+app.command("policies")(catalogue.command)
+app.command("filters")(filters.command)
 
 
 @app.callback()

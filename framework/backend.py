@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
@@ -264,7 +264,7 @@ class Model(ABC):
 
     def step(
         self,
-        tokens: Int[np.ndarray, "batch tokens"] | Sequence[Sequence[int]],
+        tokens: Integer[np.ndarray, "batch tokens"] | Sequence[Sequence[int]],
         cache: Cache | None = None,
         *,
         logits: Literal["last", "all"] | None = "last",

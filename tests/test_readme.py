@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import check, run
+from experiments import catalogue, check, run
 from framework.policy import policies
 
 ROOT = Path(__file__).parents[1]
@@ -96,3 +96,7 @@ def test_the_make_targets_exist(target):
 
 def test_the_plot_is_small():
     assert (ROOT / "docs" / "quality.png").stat().st_size <= 150_000
+
+
+def test_the_table_of_policies_is_what_the_command_prints():
+    assert catalogue.markdown() in README
