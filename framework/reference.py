@@ -449,7 +449,7 @@ class ReferenceModel(Model):
         if block.positions.shape[1]:
             view = noted(policy, streamed(policy, view, block) if needs.stream else view)
             for which, head in enumerate(heads):
-                head.own = {key: view.memory[key][0, which] for key in head.own}
+                head.own = {key: np.asarray(view.memory[key][0, which]) for key in head.own}
                 head.memory |= {
                     key: view.memory[key][0, which, : len(head.positions)] for key in policy.memory
                 }
@@ -552,7 +552,7 @@ def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
         layer.positions[row, head][filled],
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.streams.items()},
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
-        {key: value[row, head].astype(np.float64) for key, value in layer.heads.items()},
+        {key: np.asarray(value[row, head], np.float64) for key, value in layer.heads.items()},
     )
 
 
