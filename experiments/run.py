@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from experiments import catalogue, check, compare, demo, filters, generate
+from experiments import catalogue, check, compare, demo, filters, generate, history, regret
 from framework.errors import KvtwinError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -17,6 +17,8 @@ app.command("compare")(compare.command)
 app.command("check")(check.command)
 app.command("policies")(catalogue.command)
 app.command("filters")(filters.command)
+app.command("explain")(history.command)
+app.command("regret")(regret.command)
 
 
 @app.callback()
