@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
-from framework.eviction import check_policy, layer_budgets, limit, remembers
+from framework.eviction import allocated, check_policy, layer_budgets, limit, remembers
 from framework.policy import Phase, Policy, policies
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
@@ -160,16 +160,10 @@ class Cache(ABC):
             most = max(self.policy.most(int(one), index, self.spec) for one in np.unique(budget))
         return limit(most, self.spec.layers[index].window)
 
-    def allot(self, statistics: Sequence[Float[np.ndarray, "batch"]]) -> None:
+    def allot(self, statistics: Sequence[Shaped[np.ndarray, "batch"]]) -> None:
         """Share the budgets among the layers as the policy says."""
-        asked = np.stack([one.max(axis=1) for one in self.budgets if one is not None])
-        given = self.policy.allocate(np.stack(statistics).astype(np.float64), asked, self.seen)
-        if given.shape != asked.shape or given.dtype.kind != "i" or (given < 1).any():
-            raise KvtwinError(
-                f"policy {policies.spelling(self.policy)}: allocate returned {given.dtype} of shape {given.shape}, "
-                f"at least {given.min()}; expected integers of shape {asked.shape}, at least 1"
-            )
-        pairs = zip(given.astype(np.int32), self.spec.layers, strict=True)
+        given = allocated(self.policy, statistics, self.seen, self.spec)
+        pairs = zip(given, self.spec.layers, strict=True)
         self.budgets = [np.repeat(each[:, None], layer.kv_heads, axis=1) for each, layer in pairs]
 
     def expect(self, tokens: int) -> None:

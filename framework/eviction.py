@@ -1,7 +1,7 @@
 """What the machinery makes of a policy: who survives, on every backend by the one rule; and which budgets hold."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +163,46 @@ def heads_budgets(policy: Policy, view: View, scores: Array) -> Int[Array, "batc
     return given
 
 
+def measured(policy: Policy, view: View) -> Shaped[Array, "batch"]:
+    """What `allocate` is to know of this layer."""
+    given = _call(policy, view, policy.statistic)
+    if _shape(view, given) != tuple(view.seen.shape):
+        raise KvtwinError(
+            f"policy {name(policy)}: statistic returned {_shape(view, given)}; "
+            f"expected shape {tuple(view.seen.shape)}: one number per row, made with view.xp"
+        )
+    return given
+
+
+def allocated(
+    policy: Policy,
+    statistics: Sequence[Shaped[np.ndarray, "batch"]],
+    seen: Int[np.ndarray, "batch"],
+    spec: ModelSpec,
+) -> Int[np.ndarray, "layers batch"]:
+    """Tokens per head of each layer and row, as the policy shares its own budget among the layers."""
+    asked = np.array([[max(heads or (0,))] * len(seen) for heads in layer_budgets(policy, spec)], np.int32)
+    try:
+        given = np.asarray(policy.allocate(np.stack(statistics).astype(np.float64), asked, seen))
+    except KvtwinError:
+        raise
+    except Exception as error:
+        raise _failed(policy, "allocate", "NumPy", error) from error
+    if given.shape != asked.shape or given.dtype.kind not in "iu":
+        raise KvtwinError(
+            f"policy {name(policy)}: allocate returned {given.dtype} of shape {given.shape}; "
+            f"expected integers of shape {asked.shape}: tokens per head of each (layer, row)"
+        )
+    for index, one in ((index, int(one)) for index, row in enumerate(given) for one in np.unique(row)):
+        least = max(1, policy.protects(one))
+        if one < least:
+            raise KvtwinError(
+                f"policy {name(policy)}: allocate gave a head of layer {index} {one} tokens; "
+                f"expected at least {least}: what it protects, and at least 1"
+            )
+    return given.astype(np.int32)
+
+
 def merged(policy: Policy, view: View, index: Array) -> tuple[Array, Array]:
     """Keys and values of the kept slots with the evicted ones blended in; 0 where the index is -1."""
     pair = _call(policy, view, lambda seen: policy.merge(seen, index), "merge")
@@ -191,12 +231,15 @@ def _call(policy: Policy, view: View, hook: Callable[[View], Any], called: str =
     except KvtwinError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise KvtwinError(
-            f"policy {name(policy)} failed in {called or hook.__name__} on {view.xp.__name__}: "
-            f"{type(error).__name__}: {first}\n"
-            "expected array code that runs on NumPy, torch and jax alike; `kvtwin check` shows a smallest example"
-        ) from error
+        raise _failed(policy, called or hook.__name__, view.xp.__name__, error) from error
+
+
+def _failed(policy: Policy, called: str, library: str, error: Exception) -> KvtwinError:
+    first = (str(error).splitlines() or [""])[0][:200]
+    return KvtwinError(
+        f"policy {name(policy)} failed in {called} on {library}: {type(error).__name__}: {first}\n"
+        "expected array code that runs on NumPy, torch and jax alike; `kvtwin check` shows a smallest example"
+    )
 
 
 def ordered(policy: Policy, view: View, order: Int[Array, "batch kv_heads slots"], take: Any) -> View:
@@ -289,6 +332,9 @@ def check_policy(policy: Policy, spec: ModelSpec) -> None:
     wrong = {
         "keeps one set for all heads and divides budgets among them": policy.shared and policy.divides,
         "allocates budgets to layers and divides them among heads": policy.allocates and policy.divides,
+        "allocates budgets to layers and has a budget for each head": policy.allocates
+        and isinstance(policy.budget, tuple)
+        and any(isinstance(one, tuple) for one in policy.budget),
         "repositions and merges keys": policy.repositions and policy.merges,
         "repositions and looks ahead of the tokens' own positions": policy.repositions
         and policy.needs.ahead > 0,

@@ -23,6 +23,7 @@ from framework.eviction import (
     alive,
     heads_budgets,
     judge,
+    measured,
     merged,
     noted,
     repositioned,
@@ -274,7 +275,7 @@ class ReferenceModel(Model):
         every = np.zeros((*tokens.shape, self.spec.vocab))
         tapped: list[dict[str, np.ndarray]] = []
         taken: list[list[Decision]] = []
-        measured: list[list[np.ndarray]] = []
+        stated: list[list[np.ndarray]] = []
         for index in range(result.batch):
             columns = np.flatnonzero(tokens[index] >= 0)
             values: dict[str, np.ndarray] = {}
@@ -286,11 +287,11 @@ class ReferenceModel(Model):
                 choice = None if forced is None else [kept[index] for kept in forced]
                 taken.append(self._evict(result, index, views, choice, whole or len(columns) > 0))
             if statistics is not None:
-                measured.append([np.asarray(result.policy.statistic(view)) for view in views])
+                stated.append([measured(result.policy, view) for view in views])
         if decisions is not None and due:
             decisions.extend(_join([one[layer] for one in taken]) for layer in range(len(taken[0])))
         if statistics is not None:
-            statistics.extend(np.concatenate(each) for each in zip(*measured, strict=True))
+            statistics.extend(np.concatenate(each) for each in zip(*stated, strict=True))
         if taps is not None:
             taps.update(_spread(tokens, tapped))
         if logits == "last":

@@ -38,7 +38,7 @@ from backends.flax.rope import rotate
 from framework.arrays import Array
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
-from framework.eviction import noted, repositioned, streamed
+from framework.eviction import measured, noted, repositioned, streamed
 from framework.policy import BLOCK, Block, View
 from framework.random import gumbel
 from framework.shapes import EMPTY
@@ -246,7 +246,7 @@ def advance(
             block, plan, index, held, q, first, positions, source, given, tap, seen=seen, phase=phase
         )
         if measure:
-            statistics.append(plan.policy.statistic(view))
+            statistics.append(measured(plan.policy, view))
         x = _rest(block, plan, index, x, y, tap)
         if due and plan.bounded[index]:
             choice = None if forced is None else jnp.asarray(forced[len(taken)])

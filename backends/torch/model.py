@@ -19,7 +19,7 @@ from backends.torch.rope import Tables
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
-from framework.eviction import noted, slot_memory, streamed
+from framework.eviction import measured, noted, slot_memory, streamed
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
@@ -224,7 +224,7 @@ class TorchModel(Model):
         for index, block in enumerate(self.decoder.layers):
             y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap)
             if statistics is not None:
-                statistics.append(to_numpy(policy.statistic(view)))
+                statistics.append(to_numpy(measured(policy, view)))
             if due and cache.layers[index].limit is not None:
                 choice = None if forced is None else to_torch(forced[number], device=self.device)
                 self._evict(cache, index, view, active, single, choice, decisions)
