@@ -269,7 +269,7 @@ class FlaxModel(Model):
         """
         if cache.pending:
             nothing = np.full((cache.batch, 1), EMPTY, np.int32)
-            _, cache = self._chunk(nothing, cache, cache.seen, None, "prefill", True, None, None, None, None)
+            _, cache = self.step(nothing, cache, logits=None, phase="prefill")
         layers = []
         for index, layer in enumerate(cache.state.layers):
             bounded = cache.limit(index) is not None

@@ -32,7 +32,7 @@ def decode(
     """See `framework.backend.Model.decode`."""
     if cache.pending:
         nothing = np.full((cache.batch, 1), EMPTY, np.int32)
-        _, cache = model.run(nothing, cache, logits=None, phase="prefill")
+        _, cache = model.step(nothing, cache, logits=None, phase="prefill")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     out = np.full((cache.batch, steps), -1, np.int32)
     current = to_torch(logits, device=model.device)
