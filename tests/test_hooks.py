@@ -597,7 +597,7 @@ class Misallocating(Growing):
         ("missing", r"failed in statistic on .*NotImplementedError"),
     ],
 )
-@pytest.mark.parametrize("backend", ("reference", "torch"))
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_what_allocate_may_not_give_is_refused(backend: str, gives: str, words: str) -> None:
     with pytest.raises(KvtwinError, match=rf"policy tests\.test_hooks:Misallocating\(.*{words}"):
         begun(backend, Misallocating(budget=5, gives=gives))
