@@ -41,7 +41,8 @@ test-slow: .venv/test.stamp
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/benchmarks
 
 bench: .venv/test.stamp
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+	# Without the type checker, which tests run under and which would be measured with the rest.
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -o addopts=--import-mode=importlib
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format --check .
