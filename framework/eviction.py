@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from framework.arrays import FAR, Array, Namespace, device
+from framework.arrays import FAR, Array, Namespace, device, take_slots
 from framework.errors import KvtwinError
 from framework.policy import Block, Policy, View, name
 from framework.shapes import EMPTY
@@ -203,8 +203,14 @@ def allocated(
     return given.astype(np.int32)
 
 
-def merged(policy: Policy, view: View, index: Array) -> tuple[Array, Array]:
-    """Keys and values of the kept slots with the evicted ones blended in; 0 where the index is -1."""
+def merged(
+    policy: Policy, view: View, index: Array, active: Bool[Array, "batch"] | None = None
+) -> tuple[Array, Array]:
+    """Keys and values of the kept slots with the evicted ones blended in; 0 where the index is -1.
+
+    Those of a row that is not active stay as they are.
+    """
+    xp = view.xp
     pair = _call(policy, view, lambda seen: policy.merge(seen, index), "merge")
     shape = (*index.shape, view.keys.shape[-1])
     shapes = [_shape(view, one) for one in pair] if isinstance(pair, tuple) else [type(pair).__name__]
@@ -212,8 +218,11 @@ def merged(policy: Policy, view: View, index: Array) -> tuple[Array, Array]:
         raise KvtwinError(
             f"policy {name(policy)}: merge returned {shapes}; expected keys and values of shape {shape}"
         )
+    if active is not None:
+        old = (take_slots(xp, x, index) for x in (view.keys, view.values))
+        pair = tuple(xp.where(active[:, None, None, None], *both) for both in zip(pair, old, strict=True))
     hole = (index < 0)[..., None]
-    return view.xp.where(hole, 0.0, pair[0]), view.xp.where(hole, 0.0, pair[1])
+    return xp.where(hole, 0.0, pair[0]), xp.where(hole, 0.0, pair[1])
 
 
 def repositioned(view: View) -> View:
@@ -339,6 +348,9 @@ def check_policy(policy: Policy, spec: ModelSpec) -> None:
         "repositions and looks ahead of the tokens' own positions": policy.repositions
         and policy.needs.ahead > 0,
     }
+    asked = policy.needs
+    if policy.merges and not ((asked.keys or asked.queries) and asked.values):
+        raise KvtwinError(f"policy {name(policy)} merges; expected its needs to name keys and values")
     for what, so in wrong.items():
         if so:
             raise KvtwinError(f"policy {name(policy)} {what}; expected one of the two")

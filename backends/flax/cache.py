@@ -279,17 +279,18 @@ def compacted(
     filled = seen.filled
     living = alive(seen.positions, seen.seen, view.window)
     index = survivors(jnp, scores, protected, living, budget, slots)
+    index = jnp.where(active[:, None, None], index, _slots_where(filled, slots))
     marked = jnp.zeros_like(filled) if protected is None else protected & filled
     kept = keep(jnp, seen.positions, index, EMPTY)
     decision = (seen.positions, jnp.where(filled, scores, 0), marked, kept, budget)
     if forced is not None:
-        index = _slots_where(filled & (seen.positions[..., None] == forced[..., None, :]).any(-1), slots)
-    index = jnp.where(active[:, None, None], index, _slots_where(filled, slots))
+        wanted = filled & (seen.positions[..., None] == forced[..., None, :]).any(-1)
+        index = jnp.where(active[:, None, None], _slots_where(wanted, slots), index)
     lost = (jnp.sum(index >= 0, axis=-1) < jnp.sum(filled, axis=-1)).any(axis=1)
     source = jnp.where(index < 0, index, take_slots(jnp, order, index))
     result = gathered(layer, source)
     if policy.merges:
-        pair = zip(("keys", "values"), merged(policy, seen, index), strict=True)
+        pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
         streams = {key: value.astype(layer.streams[key].dtype) for key, value in pair}
         result = replace(result, streams=result.streams | streams)
     return result, lost, nan(scores, filled), decision

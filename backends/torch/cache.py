@@ -205,17 +205,17 @@ class LayerCache:
         room = min(self.used, max(self.bound, idle))
         slots = room + policy.interval
         index = survivors(xp, scores, protected, living, budget, slots)
+        index = torch.where(active[:, None, None], index, _all(filled, slots))
         chosen = keep(xp, seen.positions, index, EMPTY)
         decision = (seen.positions, scores, protected, chosen, budget)
         if forced is not None:
-            index = _slots_of(seen.positions, forced, slots)
-        index = torch.where(active[:, None, None], index, _all(filled, slots))
+            index = torch.where(active[:, None, None], _slots_of(seen.positions, forced, slots), index)
         lost = (index >= 0).sum(-1) < filled.sum(-1)
         source = take_slots(xp, order, index)
         source = torch.where(index < 0, index, source.to(index.dtype))
         self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
         if policy.merges:
-            pair = zip(("keys", "values"), merged(policy, seen, index), strict=True)
+            pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
             self.streams |= {key: value.to(self.streams[key].dtype) for key, value in pair}
         self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
         self.positions = keep(xp, self.positions, source, EMPTY)
