@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from framework.arrays import device, take_slots
 from framework.backend import Cache, Decision, Model
 from framework.compare import TOLERANCE, drift
 from framework.decode import Sampling
@@ -609,3 +610,127 @@ def test_what_allocate_may_not_give_is_refused(backend: str, gives: str, words: 
 def test_the_same_where_it_is_compiled(gives: str, words: str) -> None:
     with pytest.raises(KvtwinError, match=words):
         begun("flax", Misallocating(budget=5, gives=gives))
+
+
+# Merging.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Policy):
+    """The oldest token that stays takes in the values of all that go; the keys of all that stay grow a little."""
+
+    @property
+    def merges(self) -> bool:
+        return True
+
+    @property
+    def order_free(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(keys=True, values=True)
+
+    def score(self, view: View) -> Any:
+        return view.positions * 7 % 11
+
+    def merge(self, view: View, index: Any) -> tuple[Any, Any]:
+        xp = view.xp
+        slots = xp.arange(view.positions.shape[-1], dtype=index.dtype, device=device(index))
+        stays = xp.any(index[..., None] == slots, axis=2)
+        gone = view.filled & ~stays
+        total = xp.sum(xp.where(gone[..., None], view.values, 0.0), axis=2, keepdims=True)
+        first = xp.arange(index.shape[-1], dtype=index.dtype, device=device(index)) == 0
+        keys, values = (take_slots(xp, x, index) for x in (view.keys, view.values))
+        return keys * 1.0625, xp.where(first[:, None], values + total, values)
+
+
+def evicting(backend: str, cache: Cache, step: int) -> tuple[Any, Cache, Any]:
+    """Each layer after a decode step that held its eviction back, the cache after the same step, and its decisions."""
+    model, decisions = hybrid(backend), []
+    _, before = model.step(column(step, LENGTHS), cache.fork(), evict=False)
+    _, after = model.step(column(step, LENGTHS), cache, decisions=decisions)
+    return before.snapshot().layers, after, decisions
+
+
+def test_the_reference_merges_what_goes() -> None:
+    policy, model = Merging(budget=5), hybrid("reference")
+    cache = model.cache(policy, batch=3)
+    _, held_back = model.step(prompts(LENGTHS), cache.fork(), evict=False)
+    layers = held_back.snapshot().layers
+    _, cache = model.step(prompts(LENGTHS), cache)
+    for step in range(4):
+        for old, new in zip(layers, cache.snapshot().layers, strict=True):
+            for row, head in np.ndindex(3, KV_HEADS):
+                was, now = held(old.positions[row, head]), held(new.positions[row, head])
+                keys, values = (old.streams[key][row, head] for key in ("keys", "values"))
+                going = sum((values[slot] for slot, at in enumerate(was) if at not in now), np.zeros(8))
+                assert len(was) > len(now)
+                for slot, position in enumerate(now):
+                    source = was.index(position)
+                    assert drift(new.streams["keys"][row, head, slot], keys[source] * 1.0625) <= EXACT
+                    expected = values[source] + (going if slot == 0 else 0)
+                    assert drift(new.streams["values"][row, head, slot], expected) <= EXACT
+        layers, cache, _ = evicting("reference", cache, step)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_merging_is_that_of_the_reference(backend: str, interval: int) -> None:
+    """A row without a token stays bit for bit, though merging would change it; then the decode loop goes on."""
+    policy = Merging(budget=5, interval=interval)
+    found, expected = begun(backend, policy), begun("reference", policy)
+    assert_same(found, expected)
+    before = found.rows([1])
+    found, expected = (
+        fed(one, cache, range(4), silent=[1]) for one, cache in ((backend, found), ("reference", expected))
+    )
+    for one, other in zip(found.rows([1]).snapshot().layers, before.snapshot().layers, strict=True):
+        for key in other.streams:
+            assert one.streams[key].tobytes() == other.streams[key].tobytes()
+    assert_same(found, expected)
+    if interval == 1:
+        return
+    active = np.array([True, False, True])
+    logits = np.random.default_rng(2).standard_normal((3, 701))
+    new, _, found = hybrid(backend).decode(found, logits, Sampling(), [], 5, active=active)
+    same, _, expected = hybrid("reference").decode(expected, logits, Sampling(), [], 5, active=active)
+    assert new.tolist() == same.tolist()
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_a_decision_says_of_a_silent_row(backend: str) -> None:
+    """It kept all its tokens."""
+    policy = Merging(budget=5, interval=2)
+    calls = [(prompts(LENGTHS), {})]
+    for step in range(4):
+        tokens = column(step, LENGTHS)
+        tokens[1] = -1 if step == 3 else tokens[1]
+        calls.append((tokens, {}))
+    expected, right = run(hybrid("reference"), hybrid("reference").cache(policy, batch=3), calls)
+    found, own = run(hybrid(backend), hybrid(backend).cache(policy, batch=3), calls)
+    assert_same(found, expected)
+    for ours, theirs in zip(own, right, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            for place in np.ndindex(3, KV_HEADS):
+                assert held(one.kept[place]) == held(other.kept[place])
+    assert len(held(right[-1][0].kept[1, 0])) == 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismerging(Merging):
+    """`merge` gives what this names."""
+
+    gives: str = "one"
+
+    def merge(self, view: View, index: Any) -> Any:
+        keys, values = super().merge(view, index)
+        return {"one": keys, "slots": (view.keys, view.values), "neither": 7}[self.gives]
+
+
+@pytest.mark.parametrize("gives", ["one", "slots", "neither"])
+def test_merges_of_another_kind_are_refused(gives: str) -> None:
+    for backend in ("reference", "torch"):
+        with pytest.raises(KvtwinError, match="merge returned .*expected keys and values of shape"):
+            begun(backend, Mismerging(budget=5, gives=gives))
