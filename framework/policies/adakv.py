@@ -1,7 +1,9 @@
 """AdaKV: heads share the budget of their layer by what their scores are worth (arXiv 2407.11550).
 
 The layer keeps the best kv_heads x budget tokens of all its heads together, and each head at least `floor` of the
-budget of its own best. Around any policy that scores heads apart: `adakv(budget=64, policy=snapkv(window=8))`.
+budget, and at least one, of its own best. Around any policy that scores heads apart: `adakv(budget=64,
+policy=snapkv(window=8))`; around one that gives each layer its own budget, `adakv(policy=pyramid(policy=snapkv()))`, it
+divides that.
 
 Deviation: what the inner policy protects counts as best, and a head is never left with less than it protects.
 """
@@ -38,20 +40,21 @@ class AdaKV(Wrapper):
     ) -> Int[Array, "batch kv_heads"]:
         xp = view.xp
         batch, heads, slots = scores.shape
-        protected = self.policy.protected(view)
+        budget = super().budgets(view, scores)
+        protected = self.protected(view)
         living = alive(view.positions, view.seen, view.window)
         # A head's own best come before all others; the rest go by score, whichever head they are in.
         own = placed(xp, scores, protected, living)
-        least = xp.astype(xp.astype(view.budget, xp.float32) * self.floor, xp.int32)
+        least = xp.astype(xp.astype(budget, xp.float32) * self.floor, xp.int32)
         safe = (own < xp.where(least < 1, 1, least)[..., None]) & living
         safe = safe if protected is None else safe | (protected & living)
         flat = (batch, 1, heads * slots)
         place = placed(xp, *(xp.reshape(one, flat) for one in (scores, safe, living)))
-        stays = xp.reshape(place < xp.sum(view.budget, axis=1)[:, None, None], living.shape) & living
+        stays = xp.reshape(place < xp.sum(budget, axis=1)[:, None, None], living.shape) & living
         return xp.sum(xp.astype(stays, xp.int32), axis=-1, dtype=xp.int32)
 
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
-        return budget * spec.layers[layer].kv_heads
+        return super().most(budget, layer, spec) * spec.layers[layer].kv_heads
 
     @classmethod
     def examples(cls) -> list[Policy]:
