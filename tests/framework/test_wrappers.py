@@ -1,0 +1,784 @@
+"""Policies made of policies, against plain loops: what each adds to the scores, budgets and values of those inside."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends import backends
+from experiments.check_case import Case, Step, remembered, tiny_spec
+from framework.errors import KvtwinError
+from framework.eviction import check_policy, judge
+from framework.policy import Policy, View, policies
+from framework.weights import random_weights
+
+# Five query heads share one of two kv heads; rows see 23, 20 and 7 tokens, heads hold others from the first step on.
+CASE = Case(tokens=23, group=5, kv_heads=2, head_dim=4, steps=3)
+INNER = ["snapkv(window=3, kernel=3)", "h2o", "key_norm", "expected_attention(sinks=2, future=7)"]
+BUDGET = 11
+
+
+def made(spelling: str) -> Any:
+    """The policy, read back from its own spelling."""
+    policy = policies.make(spelling)
+    assert policies.make(policies.spelling(policy)) == policy
+    return policy
+
+
+def steps(policy: Policy, budget: int = BUDGET, window: int | None = None, case: Case = CASE) -> list[Step]:
+    """A prompt and some tokens more: what the policy saw and decided."""
+    return list(case.trajectory(replace(policy, budget=None, interval=1), budget, window))
+
+
+def noted_view(policy: Policy, step: Step) -> View:
+    """What `score` saw."""
+    return remembered(policy, step.view, step.block)
+
+
+def inner_judgement(inner: Policy, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and protected slots of the policy inside."""
+    scores, protected = judge(inner, view)
+    filled = view.positions >= 0
+    return np.asarray(scores, np.float64), filled & (False if protected is None else np.asarray(protected))
+
+
+def living(view: View, row: int, head: int) -> list[int]:
+    """Slots that hold a token which later queries can see, oldest first."""
+    seen, window = int(view.seen[row]), view.window
+    return [
+        slot
+        for slot, position in enumerate(view.positions[row, head].tolist())
+        if position >= 0 and (window is None or position > seen - window)
+    ]
+
+
+def best(slots: list[int], scores: np.ndarray, protected: np.ndarray, count: int) -> list[int]:
+    """The slots that stay: the protected, then the higher score, then the newer token."""
+
+    def key(slot: int) -> tuple[bool, float, int]:
+        marked = bool(protected[slot])
+        return marked, 0.0 if marked else float(scores[slot]), slot
+
+    return sorted(slots, key=key, reverse=True)[:count]
+
+
+def kept(step: Step, row: int, head: int) -> list[int]:
+    return [position for position in step.outcome.kept[row, head].tolist() if position >= 0]
+
+
+def positions_of(view: View, row: int, head: int, slots: list[int]) -> list[int]:
+    return sorted(view.positions[row, head, slots].tolist())
+
+
+def places(view: View) -> list[tuple[int, int]]:
+    return list(np.ndindex(view.positions.shape[:2]))
+
+
+def refused(spelling: str) -> str:
+    """Why a policy cannot be made, or cannot be run."""
+    with pytest.raises(KvtwinError) as error:
+        check_policy(policies.make(spelling), tiny_spec())
+    return str(error.value)
+
+
+# adakv
+
+
+def adakv_budgets(
+    view: View, scores: np.ndarray, protected: np.ndarray, floor: str, budgets: np.ndarray, row: int
+) -> list[int]:
+    """Every head's safe tokens, then the best of all heads, until the layer's budget is spent."""
+    heads = range(view.positions.shape[1])
+    own = {head: living(view, row, head) for head in heads}
+    safe = set()
+    for head in heads:
+        count = max(1, math.floor(Fraction(floor) * int(budgets[row, head])))
+        first = best(own[head], scores[row, head], protected[row, head], count)
+        safe |= {(head, slot) for slot in first}
+        safe |= {(head, slot) for slot in own[head] if protected[row, head, slot]}
+    total = int(budgets[row].sum())
+    rest = [(head, slot) for head in heads for slot in own[head] if (head, slot) not in safe]
+    rest.sort(key=lambda one: (float(scores[row, one[0], one[1]]), one), reverse=True)
+    chosen = [*safe, *rest[: max(0, total - len(safe))]]
+    return [sum(head == other for other, _ in chosen) for head in heads]
+
+
+@pytest.mark.parametrize("floor", ["0", "0.2", "0.5", "0.7", "1"])
+@pytest.mark.parametrize("inner", INNER)
+def test_adakv_divides_the_layer_among_its_heads(inner, floor):
+    policy = made(f"adakv(floor={floor}, policy={inner})")
+    uneven = 0
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row in range(len(view.positions)):
+            expected = adakv_budgets(view, scores, protected, floor, view.budget, row)
+            assert step.outcome.budget[row].tolist() == expected
+            held = sum(len(living(view, row, head)) for head in range(2))
+            assert sum(expected) == min(held, 2 * BUDGET)
+            uneven += len(set(expected)) > 1
+            for head, count in enumerate(expected):
+                own = living(view, row, head)
+                assert kept(step, row, head) == positions_of(
+                    view, row, head, best(own, scores[row, head], protected[row, head], count)
+                )
+                assert count >= min(len(own), max(1, math.floor(Fraction(floor) * BUDGET)))
+    assert uneven or floor == "1"
+
+
+def test_adakv_gives_equal_scores_to_the_newer_token_and_the_later_head():
+    """keep_it_odd has two scores only: 11 odd tokens in each head, 22 in both."""
+    policy = made("adakv(floor=0.2, policy=keep_it_odd())")
+    assert not policy.shared
+    for step in steps(policy, budget=8):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row in range(len(view.positions)):
+            expected = adakv_budgets(view, scores, protected, "0.2", view.budget, row)
+            assert step.outcome.budget[row].tolist() == expected
+    first = steps(policy, budget=8)[0].outcome.budget[0].tolist()
+    assert first == [5, 11]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("adakv(floor=1.5, policy=h2o())", "floor=1.5; expected a share from 0 to 1"),
+        (
+            "adakv(policy=tova())",
+            "keeps one set for all heads of a layer, and adakv gives each head a budget",
+        ),
+        ("adakv(policy=adakv(policy=h2o()))", "both divide the budget"),
+        (
+            "adakv(policy=h2o(budget=4))",
+            "h2o(budget=4) inside adakv has its own budget; expected it on adakv",
+        ),
+        ("adakv(policy=h2o(interval=4))", "has its own interval"),
+        ("adakv(policy=h2o(fraction=0.5))", "has its own fraction"),
+        ("adakv(policy=full())", "full() inside adakv keeps every token"),
+        ("adakv(budget=9)", "adakv needs policy"),
+    ],
+)
+def test_adakv_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# protect
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(2, 0), (0, 3), (1, 2)])
+@pytest.mark.parametrize("inner", INNER)
+def test_protect_adds_sinks_and_the_newest_to_what_is_protected(inner, sinks, recent):
+    policy = made(f"protect(sinks={sinks}, recent={recent}, policy={inner})")
+    assert policy.protects(BUDGET) == policy.policy.protects(BUDGET) + sinks + recent
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row, head in places(view):
+            own = living(view, row, head)
+            for slot in own:
+                position, seen = int(view.positions[row, head, slot]), int(view.seen[row])
+                protected[row, head, slot] |= position < sinks or position >= seen - recent
+            chosen = best(own, scores[row, head], protected[row, head], BUDGET)
+            assert kept(step, row, head) == positions_of(view, row, head, chosen)
+
+
+def test_protect_keeps_a_promise_of_its_inner_policy():
+    assert made("protect(policy=h2o())").order_free
+    assert not made("protect(policy=snapkv())").order_free
+    assert made("protect(policy=tova())").shared
+    assert made("adakv(policy=protect(sinks=1, policy=h2o()))").divides
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("protect(sinks=0, policy=h2o())", "sinks=0, recent=0; expected no negative number, and one above 0"),
+        ("protect(sinks=-1, recent=3, policy=h2o())", "sinks=-1"),
+        (
+            "protect(policy=adakv(policy=h2o()))",
+            "without knowing what protect protects; expected protect inside",
+        ),
+    ],
+)
+def test_protect_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# critical
+
+
+def looped_norms(view: View, row: int, head: int) -> np.ndarray:
+    """|W_o v|_1 per slot, the mean over the query heads of the group, number by number."""
+    group, dim = view.output.shape[1], view.output.shape[3]
+    norms = np.zeros(view.positions.shape[-1])
+    for slot in range(len(norms)):
+        total = 0.0
+        for query_head in range(group):
+            for channel in range(dim):
+                total += abs(float(view.values[row, head, slot] @ view.output[head, query_head, :, channel]))
+        norms[slot] = total / group
+    return norms
+
+
+def critical_kept(
+    view: View, scores: np.ndarray, protected: np.ndarray, budget: int, share: int, row: int, head: int
+) -> list[int]:
+    """Positions that stay after both stages."""
+    own = living(view, row, head)
+    stage = set(best(own, scores[row, head], protected[row, head], share))
+    norms = looped_norms(view, row, head)
+    weighted = (scores[row, head] + 1e-4) * norms
+    forced = protected[row, head].copy()
+    forced[list(stage)] = True
+    rest = [slot for slot in own if not forced[slot]]
+    chosen = [slot for slot in own if forced[slot]]
+    return positions_of(
+        view,
+        row,
+        head,
+        chosen + best(rest, weighted, np.zeros_like(forced), max(0, budget - len(chosen))),
+    )
+
+
+@pytest.mark.parametrize("first", ["0", "0.25", "0.5", "1"])
+@pytest.mark.parametrize("inner", [*INNER, "random(seed=3)"])
+def test_critical_has_two_stages(inner, first):
+    policy = made(f"critical(first={first}, policy={inner})")
+    share = max(1, math.floor(Fraction(first) * BUDGET)) if first != "0" else 0
+    plain = 0
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row, head in places(view):
+            expected = critical_kept(view, scores, protected, BUDGET, share, row, head)
+            assert kept(step, row, head) == expected
+            own = living(view, row, head)
+            alone = best(own, scores[row, head], protected[row, head], BUDGET)
+            plain += expected != positions_of(view, row, head, alone)
+    assert (plain > 0) == (first != "1")
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_critical_around_adakv_gives_each_head_its_own_stages(inner):
+    """The paper's form: the plain scores divide the budget."""
+    policy = made(f"critical(policy=adakv(policy={inner}))")
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policies.make(inner), view)
+        for row in range(len(view.positions)):
+            budgets = adakv_budgets(view, scores, protected, "0.2", view.budget, row)
+            assert step.outcome.budget[row].tolist() == budgets
+            for head, budget in enumerate(budgets):
+                share = max(1, budget // 2)
+                expected = critical_kept(view, scores, protected, budget, share, row, head)
+                assert kept(step, row, head) == expected
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_adakv_around_critical_keeps_the_first_stage_of_every_head(inner):
+    policy = made(f"adakv(policy=critical(policy={inner}))")
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policies.make(inner), view)
+        for row in range(len(view.positions)):
+            held = sum(len(living(view, row, head)) for head in range(2))
+            assert step.outcome.budget[row].sum() == min(held, 2 * BUDGET)
+            for head in range(2):
+                own = living(view, row, head)
+                stage = best(own, scores[row, head], protected[row, head], BUDGET // 2)
+                assert set(positions_of(view, row, head, stage)) <= set(kept(step, row, head))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("critical(first=2, policy=h2o())", "first=2, epsilon=0.0001; expected a share from 0 to 1"),
+        ("critical(epsilon=-1.0, policy=h2o())", "epsilon=-1.0"),
+        ("critical(policy=tova())", "keeps one set for all heads"),
+        ("critical(policy=chunked(policy=h2o()))", "keeps one set for all heads"),
+    ],
+)
+def test_critical_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# chunked
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 40])
+@pytest.mark.parametrize("inner", [*INNER, "tova"])
+def test_chunked_ranks_chunks_by_their_mean(inner, chunk):
+    policy = made(f"chunked(chunk={chunk}, policy={inner})")
+    assert policy.shared
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row, head in places(view):
+            own = living(view, row, head)
+            chunks: dict[int, list[int]] = {}
+            for slot in own:
+                if not protected[row, 0, slot]:
+                    chunks.setdefault(int(view.positions[row, head, slot]) // chunk, []).append(slot)
+            mean = np.zeros(view.positions.shape[-1])
+            for slots in chunks.values():
+                mean[slots] = sum(scores[row, :, slot].sum() for slot in slots) / len(slots)
+            chosen = best(own, mean, protected[row, 0], BUDGET)
+            assert kept(step, row, head) == positions_of(view, row, head, chosen)
+            # Whole chunks, but for one, of which the newer part stays.
+            cut = [
+                slots for slots in chunks.values() if 0 < sum(slot in chosen for slot in slots) < len(slots)
+            ]
+            assert len(cut) <= 1
+            for slots in cut:
+                held = [slot for slot in slots if slot in chosen]
+                assert held == slots[-len(held) :]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("chunked(chunk=0, policy=h2o())", "chunk=0; expected at least 1 position"),
+        (
+            "chunked(policy=adakv(policy=h2o()))",
+            "chunked keeps one set for all heads of a layer, and adakv(policy=h2o()) divides budgets",
+        ),
+        ("adakv(policy=chunked(policy=h2o()))", "and adakv gives each head a budget of its own"),
+    ],
+)
+def test_chunked_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# pyramid
+
+
+def pyramid_budget(budget: int, prompt: int, beta: int, window: int, layer: int, layers: int) -> int:
+    """The published line through exact fractions."""
+    low = Fraction(budget, beta)
+    high = 2 * budget - low
+    if high >= prompt - window:
+        high = Fraction(prompt - window)
+        low = 2 * budget - high
+    if not (prompt >= high >= low >= window) or layers == 1:
+        return budget
+    return math.floor(high - layer * (high - low) / (layers - 1) + Fraction(1, 2))
+
+
+@pytest.mark.parametrize("beta", [1, 2, 7, 20])
+@pytest.mark.parametrize(("inner", "window"), [("snapkv(window=3)", 3), ("h2o()", 1), ("window(sinks=2)", 2)])
+def test_pyramid_gives_layers_what_lies_on_the_line(inner, window, beta):
+    policy = made(f"pyramid(beta={beta}, policy={inner})")
+    view = noted_view(policy, steps(policy)[0])
+    lines = 0
+    for layers in (1, 2, 3, 5, 32):
+        spec = tiny_spec(layers)
+        for layer in range(layers):
+            for budget in range(window, 90, 7):
+                for prompt in (0, 1, 9, 40, 77, 150, 400):
+                    case = replace(
+                        view,
+                        layer=layer,
+                        layers=layers,
+                        budget=np.full((3, 2), budget, np.int32),
+                        memory={**view.memory, "prompt": np.full((3, 2), float(prompt))},
+                    )
+                    expected = pyramid_budget(budget, prompt, beta, window, layer, layers)
+                    given = policy.budgets(case, view.positions)
+                    assert given.dtype == np.int32
+                    assert given.tolist() == [[expected] * 2] * 3
+                    assert expected <= policy.most(budget, layer, spec)
+                    lines += expected != budget
+    assert (lines > 100) == (beta > 1)  # with beta 1 the line is flat
+
+
+def test_pyramid_keeps_the_mean_and_no_more_room_than_the_line_needs():
+    policy = made("pyramid(beta=20, policy=snapkv(window=3))")
+    for layers in (2, 5, 32):
+        each = [pyramid_budget(128, 4000, 20, 3, layer, layers) for layer in range(layers)]
+        assert each == sorted(each, reverse=True)
+        assert abs(sum(each) - 128 * layers) <= layers / 2
+        most = [policy.most(128, layer, tiny_spec(layers)) for layer in range(layers)]
+        assert most == [max(128, one) for one in each]
+
+
+@pytest.mark.parametrize(
+    "inner", ["snapkv(window=2, kernel=3)", "h2o()", "expected_attention(sinks=2, future=7)"]
+)
+def test_pyramid_decodes_with_the_budgets_of_the_prompt(inner):
+    """Four layers, rows of 30 and 17 tokens: what is kept after the prompt and six tokens later."""
+    window = {"s": 2, "h": 1, "e": 2}[inner[0]]
+    policy = made(f"pyramid(budget=8, beta=4, policy={inner})")
+    model, tokens = four_layers(), ragged(30, 17)
+    _, cache = model.step(tokens, model.cache(policy, batch=2))
+    for step in range(7):
+        for layer, positions in enumerate(cache.kept):
+            for row, prompt in enumerate((30, 17)):
+                expected = pyramid_budget(8, prompt, 4, window, layer, 4)
+                assert ((positions[row] >= 0).sum(-1) == expected).all()
+        _, cache = model.step(np.array([[step], [step + 3]], np.int32), cache)
+    assert len({pyramid_budget(8, 30, 4, window, layer, 4) for layer in range(4)}) == 4
+
+
+def four_layers(backend: str = "reference"):
+    """A random model of four layers without windows."""
+    spec = tiny_spec(4)
+    spec = replace(spec, layers=tuple(replace(layer, window=None) for layer in spec.layers))
+    return backends.get(backend).build(spec, random_weights(spec, seed=3), "float64")
+
+
+def ragged(*lengths: int) -> np.ndarray:
+    tokens = np.random.default_rng(11).integers(0, 29, (len(lengths), max(lengths)), dtype=np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, length:] = -1
+    return tokens
+
+
+def test_pyramid_scores_and_protects_under_the_budget_of_the_layer():
+    """h2o protects half of the layer's budget, not half of the mean."""
+    policy = made("pyramid(beta=4, policy=h2o())")
+    view = replace(noted_view(policy, steps(policy)[0]), layer=0)
+    own = policy.budgets(view, view.positions)
+    assert own[0].tolist() == [pyramid_budget(BUDGET, 23, 4, 1, 0, 2)] * 2
+    assert own[0, 0] > BUDGET
+    assert np.asarray(policy.protected(view)).sum(-1)[0].tolist() == [int(own[0, 0]) // 2] * 2
+
+
+def test_adakv_divides_what_pyramid_gives_a_layer():
+    policy = made("adakv(policy=pyramid(beta=4, policy=snapkv(window=2, kernel=3)))")
+    assert policy.most(8, 0, tiny_spec(4)) == 2 * policy.policy.most(8, 0, tiny_spec(4))
+    model = four_layers()
+    _, cache = model.step(ragged(30, 17), model.cache(replace(policy, budget=8), batch=2))
+    uneven = 0
+    for layer, positions in enumerate(cache.kept):
+        for row, prompt in enumerate((30, 17)):
+            held = (positions[row] >= 0).sum(-1)
+            assert held.sum() == 2 * pyramid_budget(8, prompt, 4, 2, layer, 4)
+            uneven += held[0] != held[1]
+    assert uneven
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("pyramid(beta=0, policy=h2o())", "beta=0; expected an integer >= 1"),
+        (
+            "pyramid(window=2, policy=snapkv(window=8))",
+            "window=2; expected at least 8, what the policy inside",
+        ),
+        ("pyramid(policy=pyramid(policy=h2o()))", "both divide the budget"),
+        ("pyramid(policy=adakv(policy=h2o()))", "both divide the budget"),
+        ("pyramid(policy=tova())", "keeps one set for all heads of a layer, and pyramid gives each head"),
+        ("protect(policy=pyramid(policy=h2o()))", "expected protect inside of it"),
+    ],
+)
+def test_pyramid_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# threshold
+
+
+@pytest.mark.parametrize("least", [-2.0, 0.02, 0.3, 1e9])
+@pytest.mark.parametrize("inner", INNER)
+def test_threshold_keeps_what_reaches_it(inner, least):
+    policy = made(f"threshold(least={least}, policy={inner})")
+    for step in steps(policy):
+        view = noted_view(policy, step)
+        scores, protected = inner_judgement(policy.policy, view)
+        for row, head in places(view):
+            own = living(view, row, head)
+            reach = [slot for slot in own if protected[row, head, slot] or scores[row, head, slot] >= least]
+            chosen = best(reach, scores[row, head], protected[row, head], BUDGET)
+            chosen = chosen or best(own, scores[row, head], protected[row, head], 1)
+            assert kept(step, row, head) == positions_of(view, row, head, chosen)
+
+
+def test_threshold_stays_within_the_budget_that_pyramid_gives():
+    policy = made("threshold(least=-9.0, policy=pyramid(beta=4, policy=key_norm()))")
+    view = noted_view(policy, steps(policy)[0])
+    scores, _ = judge(policy, view)
+    own, given = policy.policy.budgets(view, scores), policy.budgets(view, scores)
+    for row, head in places(view):
+        assert given[row, head] == min(own[row, head], len(living(view, row, head)))
+    assert own.min() < BUDGET
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("threshold(policy=h2o())", "threshold needs least"),
+        ("threshold(least=1, policy=adakv(policy=h2o()))", "both divide the budget"),
+        ("threshold(least=1, policy=tova())", "threshold gives each head a budget of its own"),
+    ],
+)
+def test_threshold_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# reposition
+
+
+def test_reposition_of_a_window_is_a_window_that_repositions():
+    model = four_layers()
+    moments: list[list] = []
+    for spelling in (
+        "reposition(budget=9, policy=window(sinks=2))",
+        "window(budget=9, sinks=2, reposition=True)",
+    ):
+        policy = made(spelling)
+        logits, cache = model.step(ragged(30, 17), model.cache(policy, batch=2))
+        moments.append([logits])
+        for step in range(5):
+            logits, cache = model.step(np.array([[step], [step + 3]], np.int32), cache)
+            moments[-1] += [logits, *cache.kept]
+    for one, other in zip(*moments, strict=True):
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize(
+    "inner", ["snapkv(window=3, kernel=3)", "h2o()", "key_norm()", "adakv(policy=h2o())"]
+)
+def test_reposition_keeps_what_is_inside_and_changes_the_logits_of_later_tokens(inner):
+    """No token is evicted before the first eviction: ranks are positions, and both keep the same."""
+    model, runs = four_layers(), []
+    for spelling in (inner, f"reposition(policy={inner})"):
+        policy = replace(made(spelling), budget=9)
+        first, cache = model.step(ragged(30, 17), model.cache(policy, batch=2))
+        kept_first = cache.kept
+        later, _ = model.step(np.array([[1], [2]], np.int32), cache)
+        runs.append((first, kept_first, later))
+    assert np.abs(runs[0][0] - runs[1][0]).max() < 1e-12
+    assert all((one == other).all() for one, other in zip(runs[0][1], runs[1][1], strict=True))
+    assert np.abs(runs[0][2] - runs[1][2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("reposition(policy=window(reposition=True))", "both reposition; expected one of them"),
+        ("reposition(policy=expected_attention())", "repositions and looks ahead"),
+    ],
+)
+def test_reposition_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# prefill_decode and per_layer
+
+
+PAIRS = [(one, other) for one in INNER for other in INNER if one != other]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_prefill_decode_is_the_first_policy_until_the_prompt_ends(one, other):
+    """The second one decides from then on as if it had been there from the start."""
+    policy = made(f"prefill_decode(prefill={one}, decode={other})")
+    first = steps(policies.make(one))[0]
+    mine = steps(policy)
+    assert (mine[0].outcome.kept == first.outcome.kept).all()
+    inner = policies.make(other)
+    memory: dict[str, Any] = {}
+    for step in mine:
+        alone = own_view(inner, step, memory)
+        memory = by_place(inner, alone)
+        if step.number:
+            scores, protected = inner_judgement(inner, alone)
+            for row, head in places(alone):
+                own = living(alone, row, head)
+                chosen = best(own, scores[row, head], protected[row, head], BUDGET)
+                assert kept(step, row, head) == positions_of(alone, row, head, chosen)
+
+
+def own_view(inner: Policy, step: Step, memory: dict[str, Any]) -> View:
+    """The view of one policy alone, with what it remembers kept by hand: per position, or per head."""
+    view, slots = step.view, {}
+    for key, start in inner.memory.items():
+        slots[key] = np.full(view.positions.shape, start)
+        for place in np.argwhere(view.positions >= 0):
+            row, head, slot = place.tolist()
+            slots[key][row, head, slot] = memory.get(key, {}).get(
+                (row, head, view.positions[row, head, slot]), start
+            )
+    heads = {
+        key: memory.get(key, np.zeros((*view.positions.shape[:2], *shape)))
+        for key, shape in inner.head_memory(CASE.layer).items()
+    }
+    asked = inner.needs.queries
+    view = replace(
+        view,
+        memory=slots | heads,
+        queries=view.queries[:, :, :, -asked:] if asked else None,
+        query_positions=view.query_positions[:, -asked:] if asked else None,
+    )
+    return remembered(inner, view, step.block if inner.needs.stream else None)
+
+
+def by_place(inner: Policy, view: View) -> dict[str, Any]:
+    """The memory after a call: by row, head and position where it has a number per slot."""
+    memory: dict[str, Any] = dict(view.memory)
+    for key in inner.memory:
+        memory[key] = {
+            (row, head, view.positions[row, head, slot]): view.memory[key][row, head, slot]
+            for row, head, slot in np.argwhere(view.positions >= 0).tolist()
+        }
+    return memory
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_per_layer_is_each_policy_in_its_own_layers(one, other):
+    """The layer of the case is the second of two."""
+    policy = made(f"per_layer(policies=({one}, {other}))")
+    alone = steps(policies.make(other))
+    for mine, its in zip(steps(policy), alone, strict=True):
+        assert (mine.outcome.kept == its.outcome.kept).all()
+    swapped = made(f"per_layer(policies=({other}, {one}))")
+    for mine, its in zip(steps(swapped), steps(policies.make(one)), strict=True):
+        assert (mine.outcome.kept == its.outcome.kept).all()
+
+
+def test_per_layer_in_a_model():
+    """Each layer keeps what a model under its policy alone would keep there, as long as the layers below agree."""
+    model = four_layers()
+    names = ["window(sinks=2)", "key_norm()", "window(sinks=2)", "h2o()"]
+    policy = made(f"per_layer(budget=7, policies=({', '.join(names)}))")
+    _, cache = model.step(ragged(30, 17), model.cache(policy, batch=2))
+    for layer, spelling in enumerate(names):
+        alone = replace(policies.make(spelling), budget=7)
+        _, other = model.step(ragged(30, 17), model.cache(alone, batch=2))
+        assert (cache.kept[layer] == other.kept[layer]).all()
+    assert set(policy.head_memory(CASE.layer)) == set()
+    assert set(policy.memory) == {"p2_mass"}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "promises"),
+    [
+        ("prefill_decode(prefill=h2o(), decode=window())", {"order_free"}),
+        ("prefill_decode(prefill=h2o(), decode=snapkv())", set()),
+        ("prefill_decode(prefill=tova(), decode=tova())", {"order_free", "shared"}),
+        ("prefill_decode(prefill=adakv(policy=h2o()), decode=h2o())", {"divides"}),
+        ("per_layer(policies=(tova(), h2o()))", {"order_free"}),
+        ("per_layer(policies=(tova(), chunked(policy=h2o())))", {"shared"}),
+        (
+            "per_layer(policies=(window(reposition=True), reposition(policy=h2o())))",
+            {"repositions", "order_free"},
+        ),
+    ],
+)
+def test_several_promise_what_all_of_them_do(spelling, promises):
+    policy = made(spelling)
+    every = ("order_free", "shared", "divides", "repositions", "merges", "allocates")
+    assert {each for each in every if getattr(policy, each)} == promises
+
+
+def test_several_protect_the_most_of_any():
+    policy = made("prefill_decode(prefill=snapkv(window=8), decode=h2o())")
+    assert [policy.protects(budget) for budget in (8, 20)] == [8, 10]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("prefill_decode(prefill=tova(), decode=h2o())", "it would find heads with different tokens"),
+        ("prefill_decode(prefill=h2o(budget=3), decode=h2o())", "has its own budget"),
+        ("prefill_decode(prefill=h2o(), decode=full())", "keeps every token"),
+        (
+            "prefill_decode(prefill=window(reposition=True), decode=h2o())",
+            "some of its policies reposition and some do not",
+        ),
+        ("per_layer(policies=())", "policies=(); expected a tuple, one for each layer"),
+    ],
+)
+def test_several_refuse(spelling, words):
+    assert words in refused(spelling)
+
+
+def test_per_layer_refuses_another_number_of_layers():
+    policy = made("per_layer(budget=7, policies=(h2o(), h2o(), h2o()))")
+    with pytest.raises(KvtwinError, match="per_layer has 3 policies; expected one for each of 4 layers"):
+        four_layers().cache(policy)
+
+
+# merge
+
+
+def looped_merge(step: Step, view: View, row: int, head: int, threshold: float, share: str) -> np.ndarray:
+    """Values of the kept slots, oldest first, after the evicted ones were blended in one by one."""
+    stays = set(kept(step, row, head))
+    own = living(view, row, head)
+    place = {int(view.positions[row, head, slot]): slot for slot in own}
+    inside = [place[position] for position in sorted(stays)]
+    outside = [slot for slot in own if slot not in inside]
+    keys, values = view.keys[row, head], view.values[row, head]
+    cosine, target = {}, {}
+    for slot in outside:
+        every = {
+            other: float(keys[slot] @ keys[other] / np.linalg.norm(keys[slot]) / np.linalg.norm(keys[other]))
+            for other in inside
+        }
+        target[slot] = max(every, key=lambda other: every[other])
+        cosine[slot] = every[target[slot]]
+    if outside:
+        count = 1 + math.floor(Fraction(share) * (len(outside) - 1))
+        outside = sorted(outside, key=lambda slot: cosine[slot], reverse=True)[:count]
+    blended = {slot: values[slot].copy() for slot in inside}
+    total = dict.fromkeys(inside, 1.0)
+    for slot in outside:
+        if cosine[slot] < threshold:
+            continue
+        mine, its = np.linalg.norm(values[slot]), np.linalg.norm(values[target[slot]])
+        weight = float(max(cosine[slot], 0.0) * mine / (mine + its + 1e-6))
+        blended[target[slot]] += weight * values[slot]
+        total[target[slot]] += weight
+    return np.array([blended[slot] / total[slot] for slot in inside])
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(0.0, "1"), (0.6, "1"), (0.0, "0.5"), (0.3, "0.25")])
+@pytest.mark.parametrize("inner", [*INNER, "adakv(policy=h2o())"])
+def test_merge_blends_each_evicted_value_into_the_most_similar(inner, threshold, share):
+    policy = made(f"merge(threshold={threshold}, share={share}, policy={inner})")
+    plain = steps(policies.make(inner))
+    changed = 0
+    for step, alone in zip(steps(policy), plain, strict=True):
+        view = noted_view(policy, step)
+        assert step.number or (step.outcome.kept == alone.outcome.kept).all()
+        keys, values = step.outcome.merged
+        for row, head in places(view):
+            stays = kept(step, row, head)
+            slots = [view.positions[row, head].tolist().index(position) for position in stays]
+            expected = looped_merge(step, view, row, head, threshold, share)
+            np.testing.assert_allclose(values[row, head, : len(stays)], expected, rtol=1e-12, atol=1e-14)
+            assert (keys[row, head, : len(stays)] == view.keys[row, head, slots]).all()
+            assert (values[row, head, len(stays) :] == 0).all()
+            changed += np.abs(expected - view.values[row, head, slots]).max() > 1e-3
+    assert changed > 3
+
+
+def test_merge_takes_nothing_from_tokens_that_a_window_has_left():
+    policy = made("merge(policy=key_norm())")
+    for step in steps(policy, budget=4, window=6):
+        view = noted_view(policy, step)
+        for row, head in places(view):
+            expected = looped_merge(step, view, row, head, 0.0, "1")
+            values = step.outcome.merged[1][row, head, : len(expected)]
+            np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        (
+            "merge(share=0, policy=h2o())",
+            "threshold=0.0, share=0; expected a cosine from 0 to 1, and a share above 0",
+        ),
+        ("merge(threshold=-0.5, policy=h2o())", "threshold=-0.5"),
+        ("merge(policy=merge(policy=h2o()))", "both merge; expected one of them"),
+        ("merge(policy=window(reposition=True))", "repositions and merges keys"),
+    ],
+)
+def test_merge_refuses(spelling, words):
+    assert words in refused(spelling)
