@@ -316,10 +316,10 @@ class Model(ABC):
         What it remembers of the tokens in the cache stays; -1 is padding. Consumes the cache.
         """
         tokens, seen = read_tokens(tokens, self.spec, cache.batch), cache.seen
-        held = cache.pending
+        held = cache.steps, cache.singles, cache.pending
         _, cache = self.run(tokens, cache, logits=None, phase="pass", evict=False)
         result = cache.until(seen)
-        result.pending = held
+        result.steps, result.singles, result.pending = held
         cache.consume()
         return result
 
