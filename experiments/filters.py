@@ -7,13 +7,13 @@ import numpy as np
 import typer
 
 from framework.backend import Model
-from framework.calibration import Filters, write_filters
+from framework.calibration import Arrays, write_arrays
 from framework.errors import KvtwinError
 
 TOKENS = 512  # of one piece of text
 
 
-def filters_of(model: Model, text: str, pieces: int) -> Filters:
+def filters_of(model: Model, text: str, pieces: int) -> Arrays:
     """The first right singular vector of each kv head's queries, signed so that their mean points along it."""
     ids = model.tokenizer.encode(text)
     cuts = [ids[start : start + TOKENS] for start in range(0, len(ids) - TOKENS + 1, TOKENS)][:pieces]
@@ -50,5 +50,5 @@ def command(
     except (OSError, UnicodeDecodeError) as error:
         raise KvtwinError(f"cannot read the calibration text {text}: {error}") from error
     loaded = backends.get("torch").load(model)
-    digest = write_filters(out, filters_of(loaded, read, pieces), loaded.spec)
+    digest = write_arrays(out, "filters", filters_of(loaded, read, pieces), loaded.spec)
     typer.echo(f'q_filter(path="{out}", digest="{digest}")')

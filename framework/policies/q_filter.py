@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from framework.arrays import Array
-from framework.calibration import read_filters
+from framework.calibration import RANDOM, check_arrays, random_arrays, read_arrays
+from framework.errors import KvtwinError
 from framework.policy import Needs, Policy, View
 from framework.spec import ModelSpec
 
@@ -33,7 +34,16 @@ class QFilter(Policy):
     order_free: ClassVar[bool] = True
 
     def constants(self, spec: ModelSpec) -> Mapping[str, np.ndarray]:
-        return read_filters(self.path, self.digest, spec)
+        shapes = {
+            f"layers.{index}": (layer.kv_heads, layer.head_dim) for index, layer in enumerate(spec.layers)
+        }
+        if self.path.startswith(RANDOM):
+            return random_arrays(self.path, shapes)
+        if not self.path:
+            raise KvtwinError(
+                "q_filter has no path; expected the file that `kvtwin filters MODEL TEXT --out FILE` writes"
+            )
+        return check_arrays(self.path, read_arrays(self.path, self.digest, "filters", spec), shapes)
 
     def score(self, view: View) -> Float[Array, "batch kv_heads slots"]:
         direction = view.constants[f"layers.{view.layer}"]
