@@ -267,7 +267,7 @@ class Model(ABC):
         forced: Sequence[np.ndarray] | None = None,
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
-    ) -> tuple[Any, Cache]:
+    ) -> tuple[Any, Any]:
         """Append the tokens, attend, then evict; returns the logits and the cache that replaces the given one.
 
         `tokens`: ids; -1 is padding, anywhere in a row, and a row of padding does not advance. `cache` None: a new
