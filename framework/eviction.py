@@ -334,10 +334,15 @@ def check_policy(policy: Policy, spec: ModelSpec) -> None:
     """Raises where two things that a policy does exclude each other."""
     for layer in spec.layers:
         twice = sorted(set(policy.head_memory(layer)) & set(slot_memory(policy)))
-        if twice or (policy.needs.tokens and "tokens" in policy.memory):
+        if twice:
             raise KvtwinError(
-                f"policy {name(policy)} has two memories called {(twice or ['tokens'])[0]!r}; expected one of each name"
+                f"policy {name(policy)} has two memories called {twice[0]!r}; expected one of each name"
             )
+    if "tokens" in policy.memory:
+        raise KvtwinError(
+            f"policy {name(policy)} has a memory called 'tokens'; expected another name, since the ids that "
+            "Needs.tokens asks for are kept under this one"
+        )
     wrong = {
         "keeps one set for all heads and divides budgets among them": policy.shared and policy.divides,
         "allocates budgets to layers and divides them among heads": policy.allocates and policy.divides,
