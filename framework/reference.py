@@ -225,7 +225,7 @@ class ReferenceModel(Model):
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
         content = [self._row(made) for _ in range(batch)]
-        constants = dict(made.constants(self.spec))
+        constants = {key: np.asarray(value, np.float64) for key, value in made.constants(self.spec).items()}
         return ReferenceCache(
             self.spec, made, read_codec(codec), each, content, capacity, length, constants=constants
         )
