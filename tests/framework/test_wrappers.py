@@ -13,6 +13,7 @@ from experiments.check_case import Case, Step, remembered, tiny_spec
 from framework.errors import KvtwinError
 from framework.eviction import check_policy, judge
 from framework.policy import Policy, View, policies
+from framework.random import hash32
 from framework.weights import random_weights
 
 # Five query heads share one of two kv heads; rows see 23, 20 and 7 tokens, heads hold others from the first step on.
@@ -781,4 +782,81 @@ def test_merge_takes_nothing_from_tokens_that_a_window_has_left():
     ],
 )
 def test_merge_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# cam
+
+
+@pytest.mark.parametrize(("span", "seed"), [(1, 0), (3, 5), (32, 1)])
+@pytest.mark.parametrize("inner", [*INNER, "adakv(policy=key_norm())", "random(seed=2)"])
+def test_cam_shares_an_evicted_value_out_among_those_that_follow(inner, span, seed):
+    policy = made(f"cam(span={span}, seed={seed}, policy={inner})")
+    received: dict[tuple[int, int, int], float] = {}
+    merged = dropped = 0
+    # Budgets of 5 and 11, and a step without any eviction before: several tokens leave at once.
+    for step in [*steps(policy), *steps(policy, budget=5)]:
+        if step.number == 0:
+            received = {}
+        view = noted_view(policy, step)
+        for row, head in places(view):
+            positions = view.positions[row, head].tolist()
+            own = living(view, row, head)
+            for slot in own:
+                place = (row, head, positions[slot])
+                received[place] = received.get(place, 0.0) + float(step.view.sums[row, head, slot])
+                assert view.memory["received"][row, head, slot] == pytest.approx(received[place], rel=1e-12)
+            inside = [positions.index(position) for position in kept(step, row, head)]
+            values = {slot: view.values[row, head, slot].copy() for slot in inside}
+            for slot in own:
+                if slot in inside or step.number == 0:
+                    continue
+                after = [other for other in inside if other > slot][:span]
+                dropped += 1
+                if not after:
+                    continue
+                mean = sum(received[row, head, positions[other]] for other in after) / len(after)
+                draw = int(hash32(np, seed, 1, head, np.array([positions[slot]], np.int32))[0]) / 2**24
+                if draw < min(1.0, received[row, head, positions[slot]] / mean):
+                    merged += 1
+                    for other in after:
+                        values[other] += view.values[row, head, slot] / len(after)
+            got_keys, got = (one[row, head, : len(inside)] for one in step.outcome.merged)
+            np.testing.assert_allclose(got, [values[slot] for slot in inside], rtol=1e-12, atol=1e-14)
+            assert (got_keys == view.keys[row, head, inside]).all()
+    assert 0 < merged <= dropped
+
+
+def test_cam_merges_with_the_chance_that_the_attention_gives():
+    """Of 300 tokens with half the attention of what follows them, half are merged; with more than it, all."""
+    policy = made("cam(span=2, policy=h2o())")
+    base = noted_view(policy, steps(policy)[1])
+    shape = (1, 300, 4)
+    random = np.random.default_rng(1)
+    view = replace(
+        base,
+        positions=np.broadcast_to(np.array([3, 5, 8, 9], np.int32), shape),
+        seen=np.array([10], np.int32),
+        budget=np.full((1, 300), 2, np.int32),
+        sums=np.zeros(shape),
+        keys=random.standard_normal((*shape, 4)),
+        values=np.ones((*shape, 4)),
+        memory={"received": np.broadcast_to(np.array([0.5, 2.0, 1.0, 1.0]), shape), "mass": np.zeros(shape)},
+    )
+    index = np.broadcast_to(np.array([2, 3, -1], np.int32), (1, 300, 3))
+    _, values = policy.merge(view, index)
+    # 1 + 1 / 2 from position 5, and for half of the heads 1 / 2 from position 3.
+    assert set(np.unique(values[0, :, :2]).tolist()) == {1.5, 2.0}
+    assert abs((values[0, :, 0, 0] == 2.0).mean() - 0.5) < 5 * 0.5 / 300**0.5
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("cam(span=0, policy=h2o())", "span=0; expected at least 1 token"),
+        ("cam(policy=merge(policy=h2o()))", "both merge; expected one of them"),
+        ("reposition(policy=cam(policy=h2o()))", "repositions and merges keys"),
+    ],
+)
+def test_cam_refuses(spelling, words):
     assert words in refused(spelling)
