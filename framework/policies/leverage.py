@@ -34,7 +34,8 @@ class Leverage(Policy):
         count = xp.sum(xp.astype(filled, keys.dtype), axis=2, keepdims=True)
         mean = xp.sum(xp.where(filled, keys, 0.0), axis=2, keepdims=True) / xp.where(count == 0, 1.0, count)
         shape = (keys.shape[1], keys.shape[-1], self.sketch)
-        sketch = xp.asarray(normal((self.seed, view.layer), shape), dtype=keys.dtype, device=device(keys))
+        drawn = normal((self.seed, view.layer), shape).copy()  # torch warns of arrays that are read-only
+        sketch = xp.asarray(drawn, dtype=keys.dtype, device=device(keys))
         x = xp.matmul(xp.where(filled, keys - mean, 0.0), sketch[None, ...] * self.sketch**-0.5)
         diagonal = JITTER * xp.eye(self.sketch, dtype=x.dtype, device=device(x))
         gram = xp.matmul(xp.matrix_transpose(x), x) + diagonal

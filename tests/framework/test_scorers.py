@@ -326,6 +326,14 @@ def test_noncausal_attention_is_within_chunks_in_both_directions(chunk, seed):
     compare(f"noncausal_attention(chunk={chunk})", seed, oracle)
 
 
+def test_noncausal_attention_remembers_the_mean_of_the_group():
+    for text, view, _, _, history in run("noncausal_attention(chunk=7)", 0):
+        for row, head in np.ndindex(BATCH, HEADS):
+            own, got = history[-1][2][row, head], received(text, row, head, history, 7)
+            found = view.memory["received"][row, head][: len(own)]
+            np.testing.assert_allclose(found, [got[p] for p in own], rtol=1e-9)
+
+
 @every_seed
 @pytest.mark.parametrize(("first", "recent", "blending"), [(3, 2, 0.35), (0, 0, 1.5), (1, 4, 0)])
 def test_compactor_blends_both_without_the_ends(first, recent, blending, seed):
