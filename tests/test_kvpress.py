@@ -17,8 +17,7 @@ import pytest
 
 from backends import backends
 from framework.backend import Decision, Model
-from framework.calibration import write_filters
-from tests.kvpress.models import CASES, CONFIGS, filters, model, print_of, text
+from tests.kvpress.models import CASES, CONFIGS, model, print_of, text
 
 RECORDED = Path(__file__).parent / "kvpress" / "recorded.npz"
 BACKENDS = ("reference", "torch", "flax")
@@ -32,7 +31,6 @@ class Theirs:
 
     kept: np.ndarray  # [kv_heads tokens]
     scores: np.ndarray | None  # [kv_heads tokens]
-    values: np.ndarray | None = None  # [kv_heads kept head_dim]
 
 
 Change = Callable[[Theirs, Decision], Theirs]
@@ -62,37 +60,73 @@ DEVIATIONS: dict[str, tuple[str, Change]] = {
 
 @dataclass(frozen=True)
 class Twin:
-    """The policy for a press, with a place for the budget. `scores`: "equal", or "other": only kept sets compare."""
+    """The policy for a press, with a place for the budget.
+
+    `budget`: "ratio" for what the press should keep, "recorded" for what it kept in each layer, "all" for the prompt.
+    `scores`: "equal", or "other": only kept sets compare. `logits`: False where the press leaves ties open.
+    """
 
     policy: str
+    budget: str = "ratio"
     scores: str = "equal"
+    logits: bool = True
 
 
 SNAPKV = 'snapkv(window=8, kernel=5, pooling="mean")'
+EXPECTED = "expected_attention(future=64, value_norm=False)"
 TWINS = {
     "knorm": Twin("key_norm(budget={})"),
     "snapkv": Twin('snapkv(budget={}, window=8, kernel=5, pooling="mean")'),
     "tova": Twin("tova(budget={})"),
     "streaming_llm": Twin("window(budget={}, sinks=4)", scores="other"),
     "keydiff": Twin("keydiff(budget={})"),
+    "lagkv": Twin("lagkv(budget={}, lag=16)", logits=False),
+    "lagkv_short": Twin("lagkv(budget={}, lag=128)", scores="other"),
+    "lagkv_cross": Twin("lagkv(budget={}, sinks=3, lag=16, cross=True)", logits=False),
     "expected_attention": Twin("expected_attention(budget={})"),
     "expected_attention_mean": Twin("expected_attention(budget={}, future=64, sinks=2, covariance=False)"),
     "expected_attention_plain": Twin("expected_attention(budget={}, future=64, value_norm=False)"),
     "expected_attention_epsilon": Twin("expected_attention(budget={}, future=64, epsilon=0.02)"),
+    "observed_attention": Twin("observed_attention(budget={})"),
+    "cur": Twin("cur(budget={})"),
+    "cur_global": Twin("cur(budget={}, kernel=150)"),
+    "cur_key": Twin('cur(budget={}, sinks=2, kernel=7, kind="key")'),
+    "cur_value": Twin('cur(budget={}, kind="value")'),
+    "cur_average": Twin('cur(budget={}, kind="mean")'),
     "leverage": Twin("leverage(budget={}, sketch=48)"),
-    "q_filter": Twin("q_filter(budget={}, path={filters!r})"),
+    "non_causal_whole": Twin("noncausal_attention(budget={}, chunk={chunk})"),
+    "compactor_whole": Twin("compactor(budget={}, sinks=0, recent=0, chunk={chunk})"),
+    "cap": Twin("cap(budget={})"),
+    "cap_near": Twin("cap(budget={}, tau=2.0, future=64, sinks=2)"),
+    "q_filter": Twin('q_filter(budget={}, path="random:0")'),
     "adakv_snapkv": Twin(f"adakv(budget={{}}, policy={SNAPKV})"),
     "adakv_knorm": Twin("adakv(budget={}, floor=0.5, policy=key_norm())"),
+    "critical_snapkv": Twin(f"critical(budget={{}}, policy={SNAPKV})", scores="other"),
+    "critical_expected": Twin(f"critical(budget={{}}, first=0.25, policy={EXPECTED})", scores="other"),
+    "critical_adakv": Twin(f"critical(budget={{}}, policy=adakv(policy={SNAPKV}))", scores="other"),
+    "pyramid": Twin(f"pyramid(budget={{}}, policy={SNAPKV})"),
+    "pyramid_flat": Twin('pyramid(budget={}, beta=3, policy=snapkv(window=2, kernel=5, pooling="mean"))'),
+    "chunkkv_knorm": Twin("chunked(budget={}, chunk=7, policy=key_norm())", "recorded", "other"),
+    "chunkkv_keydiff": Twin("chunked(budget={}, chunk=10, policy=keydiff())", "recorded", "other"),
+    "simlayer": Twin("simlayer(budget={}, recent=19, threshold=0.4)", "all", "other"),
+    "merging_knorm": Twin("merge(budget={}, policy=key_norm())"),
+    "merging_fraction": Twin("merge(budget={}, threshold=0.3, share=0.75, policy=key_norm())"),
 }
-# Recorded for policies that do not exist yet, or compared in a test of its own.
+# Kept keys rotated by their rank; the next token, too. Only its logits are recorded.
+ROTATED = {
+    "rerotated_streaming_llm": "window(budget={}, reposition=True)",
+    "rerotated_snapkv": f"reposition(budget={{}}, policy={SNAPKV})",
+}
+# Recorded, and not held against a policy by what is kept: why.
 APART = {
-    "block_keydiff",
-    "lagkv", "lagkv_short", "lagkv_cross", "observed_attention",
-    "cur", "cur_global", "cur_key", "cur_value", "cur_average",
-    "non_causal", "non_causal_chunks", "compactor", "compactor_blend", "cap", "cap_near",
-    "pyramid", "pyramid_flat", "critical_snapkv", "critical_expected", "critical_adakv",
-    "chunk_knorm", "chunkkv_knorm", "chunkkv_snapkv", "simlayer", "merging_knorm", "merging_fraction",
-}  # fmt: skip
+    "block_keydiff": "has a test of its own",
+    "non_causal": "pads the last chunk with products of 0, which count in the softmax: has a test of its own",
+    "non_causal_chunks": "pads, as above",
+    "compactor": "pads; blends by the ratio; cuts chunks from behind the first tokens, without the last ones",
+    "compactor_blend": "the same, but for the ratio",
+    "chunk_knorm": "prunes each chunk of the prompt by itself: no policy does",
+    "chunkkv_snapkv": "takes the window's stand-in scores, the largest + 1, for scores, and keeps whole chunks only",
+}
 
 
 @cache
@@ -104,12 +138,11 @@ def recording() -> dict[str, np.ndarray]:
 def recorded(name: str, length: int, press: str) -> list[Theirs]:
     """What a press did, per layer."""
     data, at = recording(), f"{name}-{length}-{press}"
-    scores, values = (data.get(f"{at}-{what}") for what in ("scores", "values"))
+    scores = data.get(f"{at}-scores")
     return [
         Theirs(
             np.unpackbits(data[f"{at}-kept-{layer}"], axis=-1)[:, :length].astype(bool),
             None if scores is None else scores[layer].astype(np.float64),
-            None if values is None else values[layer],
         )
         for layer in range(CONFIGS[name]["num_hidden_layers"])
     ]
@@ -121,11 +154,26 @@ def built(backend: str, name: str) -> Model:
     return backends.get(backend).build(spec, weights, "float64" if backend == "reference" else "float32")
 
 
-def decided(backend: str, name: str, length: int, policy: str) -> list[Decision]:
-    """Our decisions about the prompt, one per layer."""
-    one, found = built(backend, name), []
-    one.step(text(name, length), one.cache(policy), logits=None, decisions=found)
-    return found
+def run(backend: str, name: str, length: int, policy: str) -> tuple[list[Decision], np.ndarray]:
+    """Our decisions about the prompt, one per layer, and the logits of the token behind it."""
+    one, tokens, found = built(backend, name), text(name, length), []
+    _, cached = one.step(tokens[:, :length], one.cache(policy), logits=None, decisions=found)
+    logits, _ = one.step(tokens[:, length:], cached)
+    return found, logits[0, 0]
+
+
+def spelled(press: str, name: str, length: int, ratio: float) -> str:
+    """The policy for a press with its budget."""
+    twin = TWINS[press]
+    budget: Any = length if twin.budget == "all" else int(length * (1 - ratio))
+    if twin.budget == "recorded":
+        budget = tuple(int(one.kept[0].sum()) for one in recorded(name, length, press))
+    return twin.policy.format(budget, chunk={61: 61, 150: 50}[length])
+
+
+def drift_of_logits(name: str, length: int, press: str, logits: np.ndarray) -> float:
+    theirs = recording()[f"{name}-{length}-{press}-logits"]
+    return float(np.abs(logits[: len(theirs)] - theirs).max() / np.abs(theirs).max())
 
 
 def best(scores: np.ndarray, budget: int) -> np.ndarray:
@@ -145,11 +193,11 @@ def mask(positions: np.ndarray, length: int) -> np.ndarray:
     return kept
 
 
-def same(kept: np.ndarray, theirs: Theirs) -> bool:
-    """True where the sets of each head are equal, or what is swapped lies within the tolerance."""
+def same(kept: np.ndarray, theirs: Theirs, swaps: bool = True) -> bool:
+    """True where the sets of each head are equal, or under `swaps` what is swapped lies within the tolerance."""
     if (kept == theirs.kept).all():
         return True
-    if theirs.scores is None or (kept.sum(-1) != theirs.kept.sum(-1)).any():
+    if not swaps or theirs.scores is None or (kept.sum(-1) != theirs.kept.sum(-1)).any():
         return False
     apart = [
         scores[theirs & ~ours].max() - scores[ours & ~theirs].min()
@@ -159,19 +207,6 @@ def same(kept: np.ndarray, theirs: Theirs) -> bool:
     return max(apart) <= TOLERANCE * np.abs(theirs.scores).max()
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A file of the filters of each model."""
-    folder, result = tmp_path_factory.mktemp("filters"), {}
-    for name in CONFIGS:
-        result[name] = str(folder / name)
-        spec, _ = model(name)
-        write_filters(
-            result[name], {f"layers.{index}": each for index, each in enumerate(filters(name))}, spec
-        )
-    return result
-
-
 def test_the_recording_is_of_these_models() -> None:
     """Where this fails, weights or texts have changed: run tests/kvpress/record.py again."""
     assert json.loads(str(recording()["prints"])) == {name: print_of(name) for name in CONFIGS}
@@ -179,26 +214,25 @@ def test_the_recording_is_of_these_models() -> None:
 
 def test_every_press_ran_and_has_its_place() -> None:
     known = {key.split("-")[2] for key in recording() if "-" in key}
-    assert known == TWINS.keys() | APART
-    assert not TWINS.keys() & APART
+    assert known == {*TWINS, *ROTATED, *APART}
+    assert len(known) == len(TWINS) + len(ROTATED) + len(APART)
     assert not [key for key in recording() if key.endswith("-error")]
 
 
-# Flax compiles each of its cases for seconds, and is held to the reference in tests/test_kept.py besides.
 QUICK = {"snapkv", "expected_attention", "leverage", "adakv_snapkv"}
 
 
+def later(backend: str, press: str, case: tuple[str, int, float]) -> bool:
+    """What waits for make test-slow: all backends are held to each other in tests/test_kept.py, too."""
+    if backend == "flax":  # compiles each of its cases for seconds
+        return press not in QUICK or case != CASES[0]
+    return backend == "reference" and case not in CASES[1:3]
+
+
 def cases(presses: Iterable[str]) -> list[Any]:
-    """(backend, press, model, length, ratio); most of flax waits for make test-slow."""
+    """(backend, press, model, length, ratio)."""
     return [
-        pytest.param(
-            backend,
-            press,
-            *case,
-            marks=[pytest.mark.slow]
-            if backend == "flax" and (press not in QUICK or case != CASES[0])
-            else [],
-        )
+        pytest.param(backend, press, *case, marks=[pytest.mark.slow] if later(backend, press, case) else [])
         for backend in BACKENDS
         for press in presses
         for case in CASES
@@ -206,34 +240,74 @@ def cases(presses: Iterable[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("backend", "press", "name", "length", "ratio"), cases(TWINS))
-def test_kvpress_keeps_the_same(
-    backend: str, press: str, name: str, length: int, ratio: float, paths: dict[str, str]
-) -> None:
+def test_kvpress_keeps_the_same(backend: str, press: str, name: str, length: int, ratio: float) -> None:
+    """Kept sets and scores, and the logits of the next token over what was kept."""
     twin, change = TWINS[press], DEVIATIONS.get(press, ("", lambda theirs, ours: theirs))[1]
-    policy = twin.policy.format(int(length * (1 - ratio)), filters=paths[name])
-    every = decided(backend, name, length, policy)
+    every, logits = run(backend, name, length, spelled(press, name, length, ratio))
     for ours, given in zip(every, recorded(name, length, press), strict=True):
         theirs = change(given, ours)
-        assert same(mask(ours.kept[0], length), theirs)
+        assert same(mask(ours.kept[0], length), theirs, twin.scores == "equal")
         if twin.scores == "equal":
             free = ~ours.protected[0, :, :length]
             apart = np.abs(ours.scores[0, :, :length] - theirs.scores)[free].max()
             assert apart <= TOLERANCE * np.abs(theirs.scores[free]).max()
+    if twin.logits and press not in DEVIATIONS:
+        assert drift_of_logits(name, length, press, logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("backend", "press", "name", "length", "ratio"), cases(ROTATED))
+def test_kvpress_rotates_the_same(backend: str, press: str, name: str, length: int, ratio: float) -> None:
+    _, logits = run(backend, name, length, ROTATED[press].format(int(length * (1 - ratio))))
+    assert drift_of_logits(name, length, press, logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "length", "ratio"), CASES)
+@pytest.mark.parametrize(("press", "chunk"), [("non_causal", 256), ("non_causal_chunks", 16)])
+def test_the_padding_of_the_last_chunk_is_what_parts_non_causal_attention(
+    press: str, chunk: int, name: str, length: int, ratio: float
+) -> None:
+    """The press in plain NumPy is the recorded one with the padding, and our policy without it."""
+    policy = f"noncausal_attention(budget={int(length * (1 - ratio))}, chunk={chunk})"
+    decisions, _ = run("reference", name, length, policy)
+    taps: dict[str, np.ndarray] = {}
+    built("reference", name).step(text(name, length)[:, :length], logits=None, taps=taps)
+    for layer, (ours, theirs) in enumerate(zip(decisions, recorded(name, length, press), strict=True)):
+        query, key, value = (
+            taps[f"layers.{layer}.attention.{what}"][0] for what in ("query_rotated", "key_rotated", "value")
+        )
+        padded, plain = (non_causal(query, key, value, chunk, padded) for padded in (True, False))
+        assert np.abs(padded - theirs.scores).max() <= TOLERANCE * np.abs(padded).max()
+        assert np.abs(plain - ours.scores[0]).max() <= TOLERANCE * np.abs(plain).max()
+        assert np.abs(plain - padded).max() > 1e-3
+
+
+def non_causal(query: np.ndarray, key: np.ndarray, value: np.ndarray, chunk: int, padded: bool) -> np.ndarray:
+    """Scores [kv_heads tokens] of [tokens heads head_dim]; padding adds queries and keys whose products are 0."""
+    tokens, kv_heads = key.shape[:2]
+    received = np.zeros((kv_heads, tokens))
+    for head in range(query.shape[1]):
+        kv_head = head * kv_heads // query.shape[1]
+        for first in range(0, tokens, chunk):
+            here = slice(first, min(first + chunk, tokens))
+            count = here.stop - first
+            logits = np.zeros((chunk, chunk)) if padded else np.zeros((count, count))
+            logits[:count, :count] = query[here, head] @ key[here, kv_head].T
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            received[kv_head, here] += weights.sum(0)[:count] / (query.shape[1] // kv_heads)
+    scores = np.pad(received * np.linalg.norm(value, axis=-1).T, ((0, 0), (1, 1)))
+    scores = (scores[:, :-2] + scores[:, 1:-1] + scores[:, 2:]) / 3
+    return (scores - scores.mean()) / scores.std(ddof=1)
 
 
 @pytest.mark.parametrize("press", DEVIATIONS)
-def test_a_deviation_is_seen(press: str, paths: dict[str, str]) -> None:
+def test_a_deviation_is_seen(press: str) -> None:
     """Without the change the kept sets differ somewhere, so that each entry is needed."""
     found = [
         same(mask(ours.kept[0], length), theirs)
         for name, length, ratio in CASES
         for ours, theirs in zip(
-            decided(
-                "reference",
-                name,
-                length,
-                TWINS[press].policy.format(int(length * (1 - ratio)), filters=paths[name]),
-            ),
+            run("reference", name, length, spelled(press, name, length, ratio))[0],
             recorded(name, length, press),
             strict=True,
         )
@@ -246,7 +320,7 @@ def test_keydiff_block_by_block(backend: str, press: str, name: str, length: int
     """BlockPress starts from the first n_kept tokens and takes 11 at a time. The prompt has been read whole before it;
     here the tokens of a block see only what was kept, so that from the second layer on the keys are others."""
     one, budget = built(backend, name), int(length * (1 - ratio))
-    cached, tokens = one.cache(f"keydiff(budget={budget})"), text(name, length)
+    cached, tokens = one.cache(f"keydiff(budget={budget})"), text(name, length)[:, :length]
     for first, end in zip([0, *range(budget, length, 11)], [*range(budget, length, 11), length], strict=True):
         _, cached = one.step(tokens[:, first:end], cached, logits=None, phase="prefill")
     assert (mask(cached.kept[0][0], length) == recorded(name, length, press)[0].kept).all()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from framework.family import family
+from framework.policy import policies
 from framework.random import normal
 from framework.spec import ModelSpec
 from framework.weights import Weights, random_weights, write
@@ -56,9 +57,9 @@ def model(name: str) -> tuple[ModelSpec, Weights]:
 
 
 def text(name: str, length: int) -> np.ndarray:
-    """Token ids [1, length] without repeats: equal tokens have equal key norms in the first layer."""
+    """Token ids [1, length + 1], a prompt and one token more, none twice: equal tokens have equal keys in layer 0."""
     random = np.random.default_rng([SEED, length])
-    return random.permutation(CONFIGS[name]["vocab_size"])[:length].astype(np.int32)[None]
+    return random.permutation(CONFIGS[name]["vocab_size"])[: length + 1].astype(np.int32)[None]
 
 
 def sketches(name: str) -> list[np.ndarray]:
@@ -71,13 +72,10 @@ def sketches(name: str) -> list[np.ndarray]:
 
 
 def filters(name: str) -> np.ndarray:
-    """Random directions [layers, kv_heads, head_dim] in place of learned ones, of length 1."""
+    """The control of the policy `q_filter`, random directions [layers, kv_heads, head_dim] in place of learned ones."""
     spec, _ = model(name)
-    layer = spec.layers[0]
-    drawn = np.random.default_rng([SEED, 1]).standard_normal(
-        (len(spec.layers), layer.kv_heads, layer.head_dim)
-    )
-    return (drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)).astype(np.float32)
+    found = policies.make('q_filter(path="random:0")').constants(spec)
+    return np.stack([found[f"layers.{index}"] for index in range(len(spec.layers))])
 
 
 def print_of(name: str) -> int:

@@ -8,8 +8,9 @@ kvpress asks for transformers below 5.3, which is older than what the project ru
     /tmp/kvpress/bin/python tests/kvpress/record.py /tmp/models tests/kvpress/recorded.npz
 
 Models run in float64; Hugging Face computes norms and rope angles in float32 all the same. What a press keeps is read
-off the keys that it returns, or off the indices that it masks, not off its scores. `torch.randn` gives the sketches of
-models.py while a press scores, so that random projections are the same on both sides.
+off the keys that it returns, or off the indices that it masks, not off its scores. The token behind the prompt is then
+read at its true position, and the first of its logits are recorded. `torch.randn` gives the sketches of models.py while
+a press scores, so that random projections are the same on both sides.
 """
 
 import json
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import transformers
 
+LOGITS = 64  # recorded of each next token
 LARGEST = 3e38  # wrappers mark what is safe with the largest float64, which float32 does not hold
 TINY = {"window_size": 8, "kernel_size": 5}  # of SnapKV and what inherits it
 
@@ -75,8 +77,6 @@ PRESSES: dict[str, Callable[[float], Any]] = {
     "compactor_blend": lambda r: kvpress.CompactorPress(r, 5, 3, blending=0.35),
     "cap": kvpress.CapPress,
     "cap_near": lambda r: kvpress.CapPress(r, tau=2.0, n_future_positions=64, n_sink=2),
-    "pyramid": lambda r: kvpress.PyramidKVPress(r, **TINY),
-    "pyramid_flat": lambda r: kvpress.PyramidKVPress(r, window_size=2, kernel_size=5, beta=3),
     "adakv_snapkv": lambda r: kvpress.AdaKVPress(snapkv(r)),
     "adakv_knorm": lambda r: kvpress.AdaKVPress(kvpress.KnormPress(r), alpha_safeguard=0.5),
     "critical_snapkv": lambda r: kvpress.CriticalKVPress(snapkv(r)),
@@ -85,12 +85,29 @@ PRESSES: dict[str, Callable[[float], Any]] = {
     "chunk_knorm": lambda r: kvpress.ChunkPress(kvpress.KnormPress(r), chunk_length=20),
     "chunkkv_knorm": lambda r: kvpress.ChunkKVPress(kvpress.KnormPress(r), chunk_length=7),
     "chunkkv_snapkv": lambda r: kvpress.ChunkKVPress(snapkv(r), chunk_length=10),
+    "chunkkv_keydiff": lambda r: kvpress.ChunkKVPress(kvpress.KeyDiffPress(r), chunk_length=10),
     "simlayer": lambda r: kvpress.SimLayerKVPress(lazy_threshold=0.4, n_recent=20),
+    "rerotated_streaming_llm": lambda r: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(r)),
+    "rerotated_snapkv": lambda r: kvpress.KeyRerotationPress(snapkv(r)),
     "merging_knorm": lambda r: kvpress.MergingPress(kvpress.KnormPress(r)),
     "merging_fraction": lambda r: kvpress.MergingPress(
         kvpress.KnormPress(r), similarity_threshold=0.3, merge_fraction=0.75
     ),
 }
+
+
+def made_for(length: int, ratio: float, filters: np.ndarray) -> dict[str, Any]:
+    """Presses that need more than the ratio: chunks that divide the prompt, a whole mean budget, filters."""
+    chunk, whole = {61: 61, 150: 50}[length], 1 - int(length * (1 - ratio)) / length
+    return {
+        "non_causal_whole": kvpress.NonCausalAttnPress(ratio, chunk_size=chunk),
+        "compactor_whole": kvpress.CompactorPress(ratio, 0, 0, chunk_size=chunk, blending=0.35),
+        "pyramid": kvpress.PyramidKVPress(whole, **TINY),
+        "pyramid_flat": kvpress.PyramidKVPress(whole, window_size=2, kernel_size=5, beta=3),
+        "q_filter": q_filter(ratio, filters),
+    }
+
+
 EAGER = {"observed_attention"}  # presses that read the attention weights
 
 
@@ -100,7 +117,7 @@ class Heard:
 
     kept: list[np.ndarray] = field(default_factory=list)
     scores: list[np.ndarray] = field(default_factory=list)
-    values: list[np.ndarray] = field(default_factory=list)
+    logits: np.ndarray | None = None
 
 
 def listen(press: Any, heard: Heard) -> None:
@@ -120,8 +137,6 @@ def listen(press: Any, heard: Heard) -> None:
         same = (keys[0, :, :, None] == result[0][0, :, None]).all(-1)  # [kv_heads slots kept]
         assert (same.sum(1) == 1).all(), "a returned key is that of one slot"
         heard.kept.append(same.any(-1).numpy())
-        order = same.int().argmax(1).argsort(-1)
-        heard.values.append(result[1][0].gather(1, order[..., None].expand_as(result[1][0])).numpy())
         return result
 
     press.compress = heard_compress
@@ -143,7 +158,7 @@ def sketched(sketches: list[np.ndarray]) -> Iterator[None]:
     drawn, left = torch.randn, iter(sketches)
 
     def given(*shape: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
-        sketch = torch.from_numpy(next(left))[None].to(device=device, dtype=dtype)
+        sketch = torch.tensor(next(left))[None].to(device=device, dtype=dtype)
         assert tuple(sketch.shape) == shape, (sketch.shape, shape)
         return sketch
 
@@ -162,9 +177,15 @@ def run(folder: Path, name: str, length: int, press: Any, eager: bool) -> Heard:
     data, heard = np.load(folder / f"{name}.npz"), Heard()
     tokens = torch.from_numpy(data[f"text{length}"].astype(np.int64))
     sketches = [data[f"sketch{index}"] for index in range(model.config.num_hidden_layers)]
-    listen(press, heard)
-    with torch.no_grad(), sketched(sketches), press(model):
-        model(tokens, past_key_values=transformers.DynamicCache())
+    cache, rotated = transformers.DynamicCache(), isinstance(press, kvpress.KeyRerotationPress)
+    if not rotated:  # re-rotated keys are not those of the prompt
+        listen(press, heard)
+    with torch.no_grad():
+        with sketched(sketches), press(model):
+            model(tokens[:, :-1], past_key_values=cache)
+        where = cache.get_seq_length() if rotated else length
+        out = model(tokens[:, -1:], past_key_values=cache, position_ids=torch.tensor([[where]]))
+    heard.logits = out.logits[0, -1, :LOGITS].numpy()
     return heard
 
 
@@ -175,21 +196,20 @@ def main(folder: Path, path: Path) -> None:
     out: dict[str, np.ndarray] = {}
     for name, length, ratio in told["cases"]:
         filters = np.load(folder / f"{name}.npz")["filters"]
-        makers = PRESSES | {"q_filter": lambda r, filters=filters: q_filter(r, filters)}
-        for what, make in makers.items():
+        made = {what: make(ratio) for what, make in PRESSES.items()} | made_for(length, ratio, filters)
+        for what, press in made.items():
             key = f"{name}-{length}-{what}"
             try:
-                heard = run(folder, name, length, make(ratio), what in EAGER)
+                heard = run(folder, name, length, press, what in EAGER)
             except (AssertionError, RuntimeError, ValueError) as error:
                 out[f"{key}-error"] = np.array(f"{type(error).__name__}: {error}")
                 print(key, out[f"{key}-error"])
                 continue
             for index, kept in enumerate(heard.kept):
                 out[f"{key}-kept-{index}"] = np.packbits(kept, axis=-1)
-            if len(heard.scores) == len(heard.kept):
+            if heard.kept and len(heard.scores) == len(heard.kept):
                 out[f"{key}-scores"] = np.clip(np.stack(heard.scores), -LARGEST, LARGEST).astype(np.float32)
-            if what.startswith("merging"):
-                out[f"{key}-values"] = np.stack(heard.values).astype(np.float32)
+            out[f"{key}-logits"] = heard.logits.astype(np.float32)
     versions = {one: version(one) for one in ("kvpress", "torch", "transformers")}
     out["versions"] = np.array(json.dumps(versions))
     out["prints"] = np.array(json.dumps(told["prints"]))
