@@ -112,6 +112,7 @@ def noted(policy: Policy, view: View) -> View:
 
 
 def _with_memory(policy: Policy, view: View, memory: Any, hook: str) -> View:
+    """The view with this memory, in the precision that memory has."""
     shapes = (
         {key: _shape(view, value) for key, value in memory.items()} if isinstance(memory, Mapping) else {}
     )
@@ -121,7 +122,12 @@ def _with_memory(policy: Policy, view: View, memory: Any, hook: str) -> View:
             f"policy {name(policy)}: {hook} returned {shapes or type(memory).__name__}; "
             f"expected {expected}: the arrays that `memory` and `head_memory` name, made with view.xp"
         )
-    return replace(view, memory=memory)
+    kept = {
+        key: value if value.dtype == old.dtype else view.xp.astype(value, old.dtype)
+        for key, old in view.memory.items()
+        for value in (memory[key],)
+    }
+    return replace(view, memory=kept)
 
 
 def judge(policy: Policy, view: View) -> tuple[Array, Array | None]:
