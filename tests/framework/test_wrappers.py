@@ -419,7 +419,7 @@ def test_pyramid_keeps_the_mean_and_no_more_room_than_the_line_needs():
     "inner", ["snapkv(window=2, kernel=3)", "h2o()", "expected_attention(sinks=2, future=7)"]
 )
 def test_pyramid_decodes_with_the_budgets_of_the_prompt(inner):
-    """Four layers, rows of 30 and 12 tokens, one of them too short for the full line: kept then and six tokens later."""
+    """Four layers, rows of 30 and 12 tokens, one too short for the full line: kept then and six tokens later."""
     window = {"s": 2, "h": 1, "e": 2}[inner[0]]
     policy = made(f"pyramid(budget=8, beta=4, policy={inner})")
     model, tokens = four_layers(), ragged(30, 12)
