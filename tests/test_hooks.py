@@ -786,7 +786,7 @@ def test_merges_of_another_kind_are_refused(gives: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rereading(Policy):
-    """Scores by the attention that passes gave; counts what was read in passes and what came otherwise."""
+    """Scores by the attention that passes gave; counts what was read in passes, what came otherwise, and calls."""
 
     free: bool = False
 
@@ -803,7 +803,7 @@ class Rereading(Policy):
         return {"heard": 0.0}
 
     def head_memory(self, layer: Layer) -> Mapping[str, tuple[int, ...]]:
-        return {"told": (), "read": ()}
+        return {"told": (), "read": (), "calls": ()}
 
     def stream(self, view: View, block: Block) -> Mapping[str, Any]:
         xp, key = view.xp, "read" if view.phase == "pass" else "told"
@@ -811,9 +811,10 @@ class Rereading(Policy):
         return {**view.memory, key: view.memory[key] + count[:, None]}
 
     def note(self, view: View) -> Mapping[str, Any]:
+        counted = {**view.memory, "calls": view.memory["calls"] + 1.0}
         if view.phase != "pass":
-            return view.memory
-        return {**view.memory, "heard": view.memory["heard"] + view.sums}
+            return counted
+        return {**counted, "heard": view.memory["heard"] + view.sums}
 
     def score(self, view: View) -> Any:
         return view.memory["heard"]
@@ -863,6 +864,7 @@ def test_passes_are_read_before_the_prompt_is_evicted(backend: str) -> None:
             layer = shot.layers[index]
             assert (layer.heads["read"][row] == sum(map(len, read))).all()
             assert (layer.heads["told"][row] == len(prompt)).all()
+            assert (layer.heads["calls"][row] == 1 + len(read)).all()
             assert layer.query_positions[row].tolist() == [len(prompt) - 2, len(prompt) - 1]
             for head in range(KV_HEADS):
                 living = [p for p in range(len(prompt)) if window is None or p > len(prompt) - window]
@@ -879,7 +881,7 @@ def test_passes_are_read_before_the_prompt_is_evicted(backend: str) -> None:
 @flax_later
 def test_generate_goes_on_after_passes(backend: str) -> None:
     rows = [texts(3)[row, :length].tolist() for row, length in enumerate(LENGTHS)]
-    found = hybrid(backend).generate(rows, policy=Rereading(budget=5), max_new_tokens=4, stop=[])
+    found = hybrid(backend).generate(rows, policy=Rereading(budget=5), max_new_tokens=4, stop=[], chunk=6)
     expected = hybrid("reference").generate(
         rows, policy=Rereading(budget=5), max_new_tokens=4, stop=[], chunk=6
     )
@@ -911,6 +913,7 @@ def test_what_is_read_leaves_no_tokens(backend: str, policy: Rereading) -> None:
         assert all((old.streams[key] == new.streams[key]).all() for key in old.streams)
         for row, count in enumerate((3, 1, 0)):
             assert (new.heads["read"][row] == count).all()
+            assert (new.heads["calls"][row] == old.heads["calls"][row] + (count > 0)).all()
             changed = new.memory["heard"][row] != old.memory["heard"][row]
             assert changed.any() == (count > 0)
     right = hybrid("reference").read(part, begun("reference", policy, 4))
