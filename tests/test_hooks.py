@@ -152,6 +152,13 @@ def test_token_ids_are_saved_and_the_reference_agrees(backend: str, tmp_path: An
     again = hybrid(backend).restore(tmp_path / "cache")
     assert_same(again, cache, 0)
     assert_same(fed(backend, again, (3, 4)), begun("reference", policy, 5))
+    # Several tokens at once are compacted, from slots that overwriting has left in no order.
+    more = np.concatenate([column(step, LENGTHS) for step in (3, 4, 5)], axis=1)
+    found, expected = (
+        hybrid(one).step(more, held_so_far, logits=None)[1]
+        for one, held_so_far in ((backend, cache), ("reference", begun("reference", policy, 3)))
+    )
+    assert_same(found, expected)
 
 
 # The stream of tokens, memory per head and memory per slot.
