@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from framework.policy import Policy, policies
-from framework.wrapper import Wrapper
+from framework.wrapper import Wrapper, rereads
 
 HEAD = ("policy", "keeps", "source", "kept set", "needs", "notes")
 
@@ -48,7 +48,7 @@ def entry(name: str) -> Entry:
         "overwrites": one.order_free and one.evicts,
         "merges": one.merges,
         "repositions": one.repositions,
-        "second pass": type(one).passes not in (Policy.passes, Wrapper.passes),
+        "second pass": rereads(one) and not isinstance(one, Wrapper),
     }
     keeps = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
     return Entry(

@@ -201,6 +201,8 @@ def check_reference(policy: Policy) -> Failure | None:
                 # A row that is silent when the others evict holds what it gathered until the next eviction.
                 most = int((np.delete(kept, SILENT, axis=0) >= 0).sum(-1).max())
                 limit = one.most(one.budget, layer, tiny_spec()) if isinstance(one.budget, int) else most
+                # A layer may have all that the others leave, and the sum is `allocate`'s own matter.
+                limit *= len(moment.kept) if one.allocates else 1
                 if most > limit + one.interval - 1:
                     where = {"library": "reference", "layer": layer, "step": step}
                     return Failure(f"{most} tokens are held at budget {one.budget}", where)

@@ -8,6 +8,7 @@ own decision compared at every step (replay), and runs once freely in its own de
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -38,7 +39,9 @@ from framework.compare import (
 )
 from framework.decode import Sampling
 from framework.errors import KvtwinError
+from framework.generate import read_again
 from framework.policy import Policy
+from framework.shapes import EMPTY
 from framework.tokenizer import ByteTokenizer
 from framework.weights import Weights
 
@@ -86,10 +89,8 @@ def run(
         forced = None
         if along is not None and along.decisions[call]:
             forced = [decision.kept for decision in along.decisions[call]]
-        logits, cache = model.step(
-            tokens, cache, logits="all", phase="decode" if call else "prefill", forced=forced,
-            decisions=decisions, taps=taps,
-        )  # fmt: skip
+        feed = model.step if call else partial(prompted, model)
+        logits, cache = feed(tokens, cache, logits="all", forced=forced, decisions=decisions, taps=taps)
         assert logits is not None
         if taps is not None:
             trace.taps["prompt" if call == 0 else f"step {call}"] = _of_tokens(taps, tokens)
@@ -104,6 +105,20 @@ def run(
             tokens = trace.fed[:, call : call + 1]
     trace.kept = cache.kept
     return trace
+
+
+def prompted(
+    model: Model, prompt: np.ndarray, cache: Any, *, forced: Any = None, decisions: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """A prompt, with what the policy reads behind it before it evicts."""
+    passes = [cache.policy.passes(row[row >= 0].tolist(), model.tokenizer.encode) for row in prompt]
+    if not any(passes):
+        return model.step(prompt, cache, phase="prefill", forced=forced, decisions=decisions, **options)
+    logits, cache = model.step(prompt, cache, phase="prefill", evict=False, **options)
+    nothing = np.full((len(prompt), 1), EMPTY, np.int32)
+    cache = read_again(model, cache, passes)
+    _, cache = model.step(nothing, cache, logits=None, phase="prefill", forced=forced, decisions=decisions)
+    return logits, cache
 
 
 def _of_tokens(taps: Mapping[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -171,7 +186,7 @@ def free_run(
 ) -> tuple[np.ndarray, np.ndarray, list]:
     """Tokens, last logits and kept positions of the backend's own greedy loop."""
     cache = model.cache(policy, batch=len(prompt), length=prompt.shape[1] + steps)
-    logits, cache = model.step(prompt, cache, phase="prefill")
+    logits, cache = prompted(model, prompt, cache)
     assert logits is not None
     tokens, last, cache = model.decode(cache, logits[:, 0], Sampling(), (), steps)
     return tokens, last, cache.kept

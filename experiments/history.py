@@ -143,7 +143,7 @@ class History:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads((file.metadata() or {}).get("kvtwin", "{}"))
-                if facts.get("format") != FORMAT:
+                if not isinstance(facts, dict) or facts.get("format") != FORMAT:
                     raise KvtwinError(f"{path} is not a history of the format {FORMAT}")
                 decisions = [
                     [
@@ -153,9 +153,10 @@ class History:
                     for call, layers in enumerate(facts["layers"])
                 ]
                 prompt, fed = file.get_tensor("prompt"), file.get_tensor("fed")
-        except (SafetensorError, OSError, ValueError) as error:
+                policy, windows = facts["policy"], tuple(facts["windows"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise KvtwinError(f"{path} is not a readable history: {error}") from error
-        return cls(facts["policy"], prompt, fed, decisions, tuple(facts["windows"]))
+        return cls(policy, prompt, fed, decisions, windows)
 
 
 def record(model: Model, prompts: Sequence[Sequence[int]] | np.ndarray, policy: str, steps: int) -> History:

@@ -63,14 +63,18 @@ def softmax(
 def standardised(
     xp: Namespace, x: Float[Array, "batch kv_heads slots"], mask: Bool[Array, "batch kv_heads slots"]
 ) -> Float[Array, "batch kv_heads slots"]:
-    """z-scores: x less its mean, over its standard deviation (n - 1), both over the masked entries of each row."""
+    """z-scores: x less its mean, over its standard deviation (n - 1), both over the masked entries of each row.
+
+    0 elsewhere, and where all are equal.
+    """
     count = xp.sum(xp.astype(mask, x.dtype), axis=(1, 2), keepdims=True)
     mean = xp.sum(xp.where(mask, x, 0.0), axis=(1, 2), keepdims=True) / xp.where(count == 0, 1.0, count)
     apart = xp.where(mask, x - mean, 0.0)
     deviation = xp.sqrt(
         xp.sum(apart * apart, axis=(1, 2), keepdims=True) / xp.where(count < 2, 1.0, count - 1)
     )
-    return apart / xp.where(deviation < 1e-6, 1e-6, deviation)
+    alike = deviation < 1e-6  # of equal scores rounding alone would be left
+    return xp.where(alike, 0.0, apart / xp.where(alike, 1.0, deviation))
 
 
 def pool(

@@ -177,8 +177,9 @@ class Cache(ABC):
     def admit(self, given: Int[np.ndarray, "batch"]) -> Int[np.ndarray, "batch"]:
         """What the rows will have seen with this many more tokens; raises where that exceeds a declared capacity."""
         after = (self.seen + given).astype(np.int32)
-        unbounded = any(self.limit(index) is None for index in range(len(self.spec.layers)))
-        if self.capacity is not None and unbounded and after.max() > self.capacity:
+        if self.capacity is None or after.max() <= self.capacity:
+            return after
+        if any(self.limit(index) is None for index in range(len(self.spec.layers))):
             raise KvtwinError(f"{after.max()} tokens exceed the capacity {self.capacity} of the cache")
         return after
 
@@ -191,6 +192,20 @@ class Cache(ABC):
         if phase != "decode" or self.policy.interval == 1:
             return 0, 0
         return self.steps + calls, self.singles + calls if single and not self.pending else 0
+
+    def check_forced(self, forced: Sequence[np.ndarray], rows: Bool[np.ndarray, "batch"]) -> None:
+        """Raises unless the sets are one per layer that evicts, and fit into what it may hold."""
+        limits = [limit for index in range(len(self.spec.layers)) if (limit := self.limit(index)) is not None]
+        if len(forced) != len(limits):
+            raise KvtwinError(
+                f"{len(forced)} forced sets came; expected one for each of the {len(limits)} layers that evict"
+            )
+        for kept, limit in zip(forced, limits, strict=True):
+            most = int((np.asarray(kept)[rows] >= 0).sum(-1).max(initial=0))
+            if most > limit:
+                raise KvtwinError(
+                    f"a forced set has {most} tokens; expected at most {limit}, what the layer may hold"
+                )
 
     def check_fork(self, rows: int) -> None:
         """Raises unless the cache can be copied into this many rows."""
@@ -282,8 +297,15 @@ class Model(ABC):
         tokens = read_tokens(tokens, self.spec, cache.batch if cache else None)
         cache = cache or self.cache(batch=len(tokens))
         phase = phase or ("decode" if cache.seen.any() else "prefill")
-        call = partial(self.run, forced=forced, decisions=decisions)
+        if phase not in ("prefill", "decode") or logits not in ("last", "all", None):
+            raise KvtwinError(
+                f"phase={phase!r}, logits={logits!r}; "
+                'expected phase "prefill" or "decode", and logits "last", "all" or None'
+            )
         whole = phase == "prefill" or cache.pending
+        if forced is not None:
+            cache.check_forced(forced, (tokens >= 0).any(axis=1) | np.full(len(tokens), whole))
+        call = partial(self.run, forced=forced, decisions=decisions)
         if not (cache.policy.allocates and whole and evict):
             return call(tokens, cache, logits=logits, phase=phase, evict=evict, taps=taps)
         statistics: list[np.ndarray] = []
@@ -405,8 +427,10 @@ def read_codec(codec: str | Codec) -> Codec:
 def check_sizes(batch: int, capacity: int | None, length: int | None) -> None:
     """Raises unless a cache can have these sizes."""
     for what, value in (("batch", batch), ("capacity", capacity), ("length", length)):
-        if value is not None and value < 1:
-            raise KvtwinError(f"{what} is {value}; expected at least 1")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1
+        ):
+            raise KvtwinError(f"{what} is {value!r}; expected an integer of at least 1")
 
 
 def read_tokens(tokens: Any, spec: ModelSpec, batch: int | None) -> Int[np.ndarray, "batch tokens"]:

@@ -191,12 +191,18 @@ def prefill(
         out, cache = model.step(part, cache, phase="prefill", evict=last or evict == "chunk")
         came = (part >= 0).any(axis=1, keepdims=True)
         logits = np.where(came, out[:, 0], logits).astype(out.dtype)
-    for number in range(max(map(len, again))):
-        parts = [row[number] if number < len(row) else [] for row in again]
-        cache = model.read(_padded(parts), cache)
     if any(again):
+        cache = read_again(model, cache, again)
         _, cache = model.step(_padded([[]] * len(rows)), cache, logits=None, phase="prefill")
     return cache, logits
+
+
+def read_again(model: Model, cache: Cache, passes: Sequence[Sequence[Sequence[int]]]) -> Cache:
+    """Let the policy see the passes of each row behind a prompt that no eviction has touched yet."""
+    for number in range(max(map(len, passes))):
+        parts = [row[number] if number < len(row) else [] for row in passes]
+        cache = model.read(_padded(parts), cache)
+    return cache
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -417,7 +417,7 @@ class ReferenceModel(Model):
         heads, budget, needs = row.heads[index], cache.budgets[index], policy.needs
         cos, sin = None, None
         if layer.rope is not None:
-            cos, sin = angles(layer.rope, np.arange(row.seen + needs.ahead), cache.length)
+            cos, sin = angles(layer.rope, np.arange(row.seen + needs.ahead), cache.length, beyond=True)
         output = self.weights[f"layers.{index}.attention.output.weight"]
         per_slot = {key: _stack([[head.memory[key] for head in heads]]) for key in slot_memory(policy)}
         per_head = {key: np.array([[head.own[key] for head in heads]]) for key in heads[0].own}
@@ -475,6 +475,12 @@ class ReferenceModel(Model):
                 continue
             scores, protected = judge(policy, view)
             budget = heads_budgets(policy, view, scores)
+            most = cache.limit(index)
+            if layer.window is None and most is not None and (budget > most).any():
+                raise KvtwinError(
+                    f"policy {name(policy)}: budgets gave a head {budget.max()} tokens in layer {index}; "
+                    f"expected at most {most}, what `most` says"
+                )
             filled = view.positions >= 0
             if np.isnan(scores[filled]).any():
                 raise KvtwinError(f"policy {name(policy)} scored NaN in layer {index}; expected numbers")

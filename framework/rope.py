@@ -30,15 +30,16 @@ def frequencies(rope: Rope, length: int | None = None) -> tuple[Float64[np.ndarr
 
 
 def angles(
-    rope: Rope, positions: Int[np.ndarray, "*shape"], length: int | None = None
+    rope: Rope, positions: Int[np.ndarray, "*shape"], length: int | None = None, beyond: bool = False
 ) -> tuple[Float64[np.ndarray, "*shape half"], Float64[np.ndarray, "*shape half"]]:
     """cos and sin of position times frequency, times the attention factor.
 
     Raises KvtwinError where `dynamic` meets a position beyond the length that it was made for, and no `length` (or a
     shorter one) was declared: its frequencies depend on the final length, so keys cached before it is known are wrong.
+    With `beyond` it does not, for positions that no token will have.
     """
-    if positions.size:
-        _check_reach(rope, int(positions.max()), length)
+    if positions.size and not beyond:
+        check_reach(rope, int(positions.max()), length)
     inverse, factor = frequencies(rope, length)
     turned = positions[..., None].astype(np.float64) * inverse
     return np.cos(turned) * factor, np.sin(turned) * factor
@@ -49,7 +50,8 @@ def reach(rope: Rope, length: int | None = None) -> int | None:
     return max(rope.original, length or 0) if rope.kind == "dynamic" else None
 
 
-def _check_reach(rope: Rope, last: int, length: int | None) -> None:
+def check_reach(rope: Rope, last: int, length: int | None) -> None:
+    """Raises where a token at position `last` has no angles."""
     most = reach(rope, length)
     if most is not None and last >= most:
         declared = (

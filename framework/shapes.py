@@ -4,15 +4,7 @@ Axis order: residual `batch tokens dim`; attention `batch heads tokens head_dim`
 head_dim`; scores `batch kv_heads slots`. `position -1` marks an empty slot.
 """
 
-import numpy as np
-from jaxtyping import Float, Int
-
 EMPTY = -1
-
-Tokens = Int[np.ndarray, "batch tokens"]
-Lengths = Int[np.ndarray, "batch"]
-Logits = Float[np.ndarray, "batch tokens vocab"]
-Positions = Int[np.ndarray, "batch kv_heads slots"]
 
 
 def bucket(size: int, least: int = 8) -> int:

@@ -150,7 +150,8 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSp
             raise KvtwinError(
                 f"{path} has an array {key!r} that its policy does not explain; the file is damaged"
             )
-        came, whole = arrays[key], key.rpartition(".")[2] in WHOLE
+        own = ".memory." in key or ".heads." in key  # called whatever the policy likes
+        came, whole = arrays[key], not own and key.rpartition(".")[2] in WHOLE
         if came.shape != expected[key]:
             raise KvtwinError(
                 f"{path}: {key} has shape {came.shape}; expected {expected[key]}; the file is damaged"

@@ -19,7 +19,7 @@ from framework.errors import KvtwinError
 from framework.policy import Block, Needs, Policy, View, name
 from framework.spec import Layer, ModelSpec
 
-OUTER = {"budget": None, "fraction": None, "interval": 1}  # fields that only the outermost policy sets
+OUTER = ("budget", "fraction", "interval")  # fields that only the outermost policy sets
 MOST = 2**16  # the largest protected count that is looked for
 
 Memory = Mapping[str, Float[Array, "batch kv_heads *rest"]]
@@ -42,6 +42,13 @@ def least(policy: Policy) -> int:
     raise KvtwinError(f"{name(policy)} protects more than every budget up to {MOST}; expected less")
 
 
+def rereads(policy: Policy) -> bool:
+    """True where a policy, or the one that it wraps, reads the prompt a second time."""
+    while isinstance(policy, Wrapper):
+        policy = policy.policy
+    return type(policy).passes is not Policy.passes
+
+
 def seen_by(policy: Policy, view: View) -> View:
     """The view with no more of the newest queries than an inner policy asks for; those around it may ask for more."""
     asked = policy.needs.queries
@@ -56,8 +63,9 @@ def seen_by(policy: Policy, view: View) -> View:
 
 def check_inner(outer: str, inner: Policy) -> None:
     """Raises unless a policy can stand inside another one."""
-    for field, unset in OUTER.items():
-        if getattr(inner, field) != unset:
+    for field in OUTER:
+        # A policy that comes with an interval of its own has it as a default, and here the outer one counts.
+        if getattr(inner, field) != type(inner).__dataclass_fields__[field].default:
             raise KvtwinError(
                 f"{name(inner)} inside {outer} has its own {field}; expected it on {outer}: {outer}({field}=..., ...)"
             )
@@ -233,6 +241,11 @@ class Several(Policy):
                 raise KvtwinError(
                     f"{name(each)} inside {outer} shares the budget among layers, not all of which are its own; "
                     f"expected it around {outer}"
+                )
+            if rereads(each):
+                raise KvtwinError(
+                    f"{name(each)} inside {outer} reads the prompt a second time, which the policies beside it would "
+                    f"take for text; expected it alone, or inside a wrapper of one policy"
                 )
         if self._any("repositions") and not self._all("repositions"):
             raise KvtwinError(

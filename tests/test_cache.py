@@ -611,7 +611,53 @@ def test_bytes_add_up(backend: str, policy: str) -> None:
     assert (held.queries > 0) == (policy == SNAPKV)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rolling_back_a_ragged_batch_leaves_room_for_what_follows(backend: str) -> None:
+    """Each step takes a slot in every row, so that buffers are fuller than any row has seen tokens."""
+    made = model(backend)
+    tokens = np.full((2, 20), -1, np.int32)
+    tokens[0], tokens[1, :8] = np.arange(20), np.arange(8)
+    logits, cache = made.step(tokens, made.cache(batch=2))
+    _, _, cache = made.decode(cache, logits[:, 0], Sampling(), (), 10, active=np.array([False, True]))
+    cache = cache.roll_back(1)
+    for step in range(6):
+        _, cache = made.step([[step], [step + 6]], cache)
+    assert cache.seen.tolist() == [25, 23]
+    assert cache.kept[0][0, 0].tolist() == list(range(25))
+    assert cache.kept[0][1, 0].tolist() == [*range(23), -1, -1]
+
+
 # Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"phase": "Decode"}, "phase='Decode'"),
+        ({"phase": "pass"}, "phase='pass'"),
+        ({"logits": "none"}, "logits='none'"),
+        ({"forced": []}, "0 forced sets came"),
+        ({"forced": [np.zeros((2, 2, 1), np.int32)] * 3}, "3 forced sets came"),
+        ({"forced": [np.zeros((2, 2, 7), np.int32)] * 2}, "a forced set has 7 tokens; expected at most"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_options_of_a_step_are_refused_and_leave_the_cache(
+    backend: str, options: dict[str, Any], reason: str
+) -> None:
+    made = model(backend)
+    _, cache = made.step(PROMPT, made.cache("h2o(budget=6)", batch=2))
+    with unchecked(), pytest.raises(KvtwinError, match=reason):
+        made.step(FEED[:, :1], cache, **options)
+    assert cache.seen.tolist() == [8, 11]
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 2.5}, {"batch": True}, {"capacity": "9"}, {"length": 0}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_that_are_no_whole_numbers_are_refused(backend: str, sizes: dict[str, Any]) -> None:
+    (what,) = sizes
+    with unchecked(), pytest.raises(KvtwinError, match=f"{what} is .*; expected an integer of at least 1"):
+        model(backend).cache(**sizes)
 
 
 @pytest.mark.parametrize(

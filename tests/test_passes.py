@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from experiments.compare import free_run, run, same_sets
 from framework.errors import KvtwinError
 from framework.policies.kvzip import LEAD, PART, WHOLE, KVzip
+from framework.policy import policies
 from tests.twins import hybrid
 
 CHUNK, SINKS, BUDGET = 13, 2, 7
@@ -80,3 +82,23 @@ def test_eviction_by_chunk_is_refused() -> None:
 def test_bad_fields_are_refused(fields: str) -> None:
     with pytest.raises(KvtwinError, match="expected chunk >= 1 and sinks >= 0"):
         hybrid("torch").cache(f"kvzip(budget=9, {fields})")
+
+
+def test_what_puts_policies_side_by_side_refuses_a_second_pass() -> None:
+    spelling = "prefill_decode(budget=9, prefill=adakv(policy=kvzip()), decode=window())"
+    with pytest.raises(KvtwinError, match="reads the prompt a second time"):
+        policies.make(spelling)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_comparisons_run_the_passes(backend: str) -> None:
+    """A led run and a free one hold after the prompt and one token what `generate` holds."""
+    model = hybrid(backend)
+    prompt = np.array([ROWS[0], ROWS[1] + [-1] * (len(ROWS[0]) - len(ROWS[1]))], np.int32)
+    out = model.generate(ROWS, policy=POLICY, max_new_tokens=3, stop=())
+    trace = run(model, prompt, POLICY, 3)
+    assert trace.fed.tolist() == out.tokens
+    assert same_sets(trace.kept, out.kept)[0] == same_sets(trace.kept, out.kept)[1]
+    tokens, _, kept = free_run(model, prompt, POLICY, 3)
+    assert tokens.tolist() == out.tokens
+    assert same_sets(kept, out.kept)[0] == same_sets(kept, out.kept)[1]

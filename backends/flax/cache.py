@@ -375,7 +375,7 @@ class FlaxCache(Cache):
         """
         bound = self.limit(index)
         if bound is not None:
-            return bucket(bound) + (1 if self.plan.overwrites(index) else 2 * self.policy.interval)
+            return bucket(bound) + (1 if overwrites(self.policy, True) else 2 * self.policy.interval)
         return self.capacity if self.capacity is not None else bucket(tokens + self.room)
 
     @property
@@ -450,10 +450,12 @@ class FlaxCache(Cache):
 
     def until(self, seen: np.ndarray) -> "FlaxCache":
         result = self.fork()
-        result.row_seen, result.used = seen.astype(np.int32), int(seen.max())
+        result.row_seen = seen.astype(np.int32)
         with precision(self.dtype):
             end = to_jax(result.row_seen)
             layers = [_without(layer, end) for layer in result.state.layers]
+        # Every step takes a slot in all rows, so that ragged rows reach further than any has seen.
+        result.used = max([int(seen.max()), *(int(layer.fill) for layer in layers)])
         result.state = replace(result.state, layers=layers, seen=end)
         return result
 

@@ -37,7 +37,6 @@ from backends.flax.convert import precision, to_numpy, widened
 from backends.flax.rope import rotate
 from framework.arrays import Array
 from framework.decode import Sampling, choose
-from framework.errors import KvtwinError
 from framework.eviction import measured, noted, repositioned, streamed
 from framework.policy import BLOCK, Block, View
 from framework.random import gumbel
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from backends.flax.model import Decoder, DecoderLayer, FlaxModel
 
 
-STOPS = 8  # stop tokens that a compiled loop has room for
+STOPS = 8  # a compiled loop has room for a multiple of this many stop tokens
 OUTPUT = 512  # the loop's output grows in these steps
 
 
@@ -402,8 +401,6 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray, FlaxCache]:
     """See `framework.backend.Model.decode`."""
     stop = list(stop)
-    if len(stop) > STOPS:
-        raise KvtwinError(f"{len(stop)} stop tokens; expected at most {STOPS}")
     going = np.ones(cache.batch, bool) if active is None else np.array(active)
     cache.admit(steps * going)
     cache = model.ready(cache, steps)
@@ -419,7 +416,7 @@ def decode(
             np.asarray(logits, np.promote_types(model.kind, np.float32)),
             np.full((cache.batch, -(-steps // OUTPUT) * OUTPUT), EMPTY, np.int32),
             going, np.int32(cache.steps), np.int32(steps), np.int32(first), settings,
-            np.array(stop + [-2] * (STOPS - len(stop)), np.int32),
+            np.array(stop + [-2] * (-len(stop) % STOPS or STOPS * (not stop)), np.int32),
         )  # fmt: skip
         tokens = to_numpy(out)[:, :steps]
     count = int(done)

@@ -20,6 +20,7 @@ from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.eviction import UNLIMITED
 from framework.policy import Policy, name
+from framework.rope import check_reach
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot
 from framework.spec import ModelSpec
@@ -308,6 +309,9 @@ class FlaxModel(Model):
         for index, budget in enumerate(cache.budgets):
             if budget is not None:
                 budgets[index, :, : budget.shape[1]] = budget
+        for layer in self.spec.layers:
+            if layer.rope is not None:
+                check_reach(layer.rope, positions - 1, cache.length)
         with precision(self.dtype):
             tables = self.tables.of(self.spec, cache.length, positions + cache.policy.needs.ahead)
         return Given(tables, budgets, cache.constants)

@@ -39,7 +39,9 @@ class Tables:
             most = reach(rope, length)
             if most is not None:
                 size = max(positions, min(size, most))
-            held = tuple(to_jax(x, wide(self.dtype)) for x in angles(rope, np.arange(size), length))
+            held = tuple(
+                to_jax(x, wide(self.dtype)) for x in angles(rope, np.arange(size), length, beyond=True)
+            )
             self.tables[rope, length] = held
         return held
 

@@ -41,6 +41,7 @@ class LayerCache:
 
     spec: Layer
     limit: int | None
+    budget: Int[torch.Tensor, "batch kv_heads"]
     streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
     positions: Int[torch.Tensor, "batch kv_heads slots"]
     memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
@@ -59,17 +60,6 @@ class LayerCache:
         """`limit` of a layer that evicts."""
         assert self.limit is not None
         return self.limit
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Everything that this layer keeps alive."""
-        optional = [x for x in (self.queries, self.query_positions) if x is not None]
-        return [
-            *self.streams.values(),
-            self.positions,
-            *self.memory.values(),
-            *self.heads.values(),
-            *optional,
-        ]
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots."""
@@ -141,7 +131,6 @@ class LayerCache:
         self,
         policy: Policy,
         sums: torch.Tensor | None,
-        budget: torch.Tensor | None,
         table: tuple[torch.Tensor, torch.Tensor] | None,
         **rest: Any,
     ) -> View:
@@ -149,13 +138,10 @@ class LayerCache:
         needs = policy.needs
         wanted = needs.keys or needs.queries > 0
         cos, sin = (None, None) if table is None else table
-        shape = self.positions.shape[:2]
-        if budget is None:
-            budget = torch.full(shape, UNLIMITED, dtype=torch.int32, device=self.positions.device)
         view = View(
             xp=xp,
             positions=self.positions,
-            budget=budget,
+            budget=self.budget,
             memory={key: self.memory[key] for key in policy.memory} | self.heads,
             keys=widened(self.streams["keys"]) if wanted else None,
             values=widened(self.streams["values"]) if needs.values else None,
@@ -288,7 +274,15 @@ class TorchCache(Cache):
 
     def allot(self, statistics: Sequence[np.ndarray]) -> None:
         super().allot(statistics)
-        self.layers = [replace(layer, limit=self.limit(index)) for index, layer in enumerate(self.layers)]
+        self.layers = [replace(layer) for layer in self.layers]
+        self.bind()
+
+    def bind(self) -> None:
+        """Hand each layer its limit and its budgets, on its device."""
+        for index, (layer, budget) in enumerate(zip(self.layers, self.budgets, strict=True)):
+            layer.limit, shape = self.limit(index), layer.positions.shape[:2]
+            numbers = np.full(shape, UNLIMITED) if budget is None else budget
+            layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=layer.positions.device)
 
     @property
     def bytes(self) -> Bytes:
@@ -357,6 +351,7 @@ class TorchCache(Cache):
                 layer,
                 streams={key: value[index] for key, value in layer.streams.items()},
                 positions=layer.positions[index],
+                budget=layer.budget[index],
                 memory={key: value[index] for key, value in layer.memory.items()},
                 heads={key: value[index] for key, value in layer.heads.items()},
                 queries=pick(layer.queries),

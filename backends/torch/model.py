@@ -21,6 +21,7 @@ from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.eviction import measured, noted, slot_memory, streamed
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
+from framework.rope import check_reach
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
 from framework.spec import Layer, ModelSpec
@@ -136,8 +137,7 @@ class TorchModel(Model):
                 key: to_torch(value, wide, self.device) for key, value in made.constants(self.spec).items()
             },
         )  # fmt: skip
-        for index, layer in enumerate(cache.layers):
-            layer.limit = cache.limit(index)
+        cache.bind()
         return cache
 
     def _layer(self, policy: Policy, layer: Layer, batch: int) -> LayerCache:
@@ -148,6 +148,7 @@ class TorchModel(Model):
         return LayerCache(
             layer,
             None,
+            torch.zeros(heads, dtype=torch.int32, device=self.device),
             {key: torch.zeros(batch, one.heads, 0, one.width, **empty) for key, one in layer.streams.items()},
             torch.full((*heads, 0), EMPTY, dtype=torch.int32, device=self.device),
             {key: torch.zeros(*heads, 0, dtype=wide, device=self.device) for key in slot_memory(policy)},
@@ -201,6 +202,7 @@ class TorchModel(Model):
         after = cache.admit((host >= 0).sum(1))
         for layer in spec.layers:
             if layer.rope is not None:
+                check_reach(layer.rope, int(after.max()) - 1, cache.length)
                 self.tables.grow(layer.rope, cache.length, int(after.max()) + policy.needs.ahead)
         cache.consume()
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
@@ -220,21 +222,23 @@ class TorchModel(Model):
         x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
         tap("embed", x)
         active = torch.ones_like(real[:, 0]) if whole else real.any(1)
-        number = 0
+        bad: dict[int, torch.Tensor] = {}
         for index, block in enumerate(self.decoder.layers):
             y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap)
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
             if due and cache.layers[index].limit is not None:
-                choice = None if forced is None else to_torch(forced[number], device=self.device)
-                self._evict(cache, index, view, active, single, choice, decisions)
-                number += 1
+                choice = None if forced is None else to_torch(forced[len(bad)], device=self.device)
+                bad[index] = self._evict(cache, index, view, active, single, choice, decisions)
             del view  # and with it the layer's tokens that were evicted
             x = x + (block.attention_post_norm(y) if spec.post_norms else y)
             y = block.ffn(block.ffn_norm(x))
             tap(f"layers.{index}.ffn", y)
             x = x + (block.ffn_post_norm(y) if spec.post_norms else y)
             tap(f"layers.{index}.output", x)
+        if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
+            layer = list(bad)[wrong.index(True)]
+            raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
         return self._logits(x, real, logits, tap), cache
 
     def _attend(
@@ -295,11 +299,9 @@ class TorchModel(Model):
         mixed, sums = attention(
             grouped, keys, held.streams["values"], positions, held.positions, layer, first, policy.needs.sums
         )
-        budget = cache.budgets[index]
         view = held.view(
             policy,
             sums,
-            None if budget is None else to_torch(budget, device=self.device),
             None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
             seen=seen,
             phase=phase,
@@ -338,8 +340,8 @@ class TorchModel(Model):
         single: bool,
         forced: torch.Tensor | None,
         decisions: list[Decision] | None,
-    ) -> None:
-        """Evict from one layer."""
+    ) -> torch.Tensor:
+        """Evict from one layer; returns whether a score was NaN, which is asked once for all layers."""
         held = cache.layers[index]
         if single and cache.overwrites(held):
             lost, bad = held.evict_one(cache.policy, view, active)
@@ -347,9 +349,8 @@ class TorchModel(Model):
             lost, decision, bad = held.compact(cache.policy, view, active, forced)
             if decisions is not None:
                 decisions.append(_decision(index, *decision))
-        if bool(bad):
-            raise KvtwinError(f"policy {name(cache.policy)} scored NaN in layer {index}; expected numbers")
         cache.dropped = torch.where(lost, view.seen, cache.dropped)
+        return bad
 
     def _logits(
         self, x: torch.Tensor, real: torch.Tensor, which: str | None, tap: Tap
@@ -389,8 +390,7 @@ class TorchModel(Model):
         cache.dropped = to_torch(held.dropped, torch.int32, self.device)
         cache.steps, cache.pending = held.steps, held.pending
         wide = torch.promote_types(self.kind, torch.float32)
-        for index, (layer, saved) in enumerate(zip(cache.layers, held.layers, strict=True)):
-            layer.limit = cache.limit(index)
+        for layer, saved in zip(cache.layers, held.layers, strict=True):
             layer.streams = {
                 key: to_torch(value, self.kind, self.device) for key, value in saved.streams.items()
             }
@@ -401,6 +401,7 @@ class TorchModel(Model):
                 layer.queries = to_torch(saved.queries, self.kind, self.device)
                 layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
             layer.fill = layer.used = layer.slots
+        cache.bind()
         return cache
 
 

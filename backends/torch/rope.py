@@ -30,7 +30,7 @@ class Tables:
         most = reach(rope, length)
         if most is not None:
             size = max(positions, min(size, most))
-        cos, sin = angles(rope, np.arange(size), length)
+        cos, sin = angles(rope, np.arange(size), length, beyond=True)
         wide = torch.promote_types(self.dtype, torch.float32)
         self.tables[rope, length] = to_torch(cos, wide, self.device), to_torch(sin, wide, self.device)
 

@@ -1,9 +1,11 @@
 """experiments/history.py: every eviction with its reason, held against a recount; saved, replayed, explained."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from experiments.history import Eviction, History, record, replay
@@ -93,6 +95,15 @@ def test_files_that_are_no_history_are_refused(content: bytes | None, tmp_path: 
     if content is not None:
         (tmp_path / "h").write_bytes(content)
     with pytest.raises(KvtwinError, match="is not a readable history"):
+        History.load(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    "facts", [[], {}, {"format": "kvtwin-history-1"}, {"format": "kvtwin-history-1", "layers": 3}]
+)
+def test_damaged_facts_are_refused(facts: object, tmp_path: Path) -> None:
+    save_file({"prompt": np.zeros(2)}, tmp_path / "h", metadata={"kvtwin": json.dumps(facts)})
+    with pytest.raises(KvtwinError, match="is not a"):
         History.load(tmp_path / "h")
 
 
