@@ -67,6 +67,7 @@ def arrays(shot: Snapshot) -> dict[str, np.ndarray]:
     for index, layer in enumerate(shot.layers):
         named |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
         named |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
+        named |= {f"{index}.heads.{key}": value for key, value in layer.heads.items()}
         named[f"{index}.positions"] = layer.positions
         if layer.queries is not None and layer.query_positions is not None:
             named |= {f"{index}.queries": layer.queries, f"{index}.query_positions": layer.query_positions}
