@@ -62,7 +62,7 @@ def column(step: int, lengths: Sequence[int] = LENGTHS) -> np.ndarray:
 
 
 def snapshot_drift(found: Cache, expected: Cache) -> float:
-    """Largest drift of streams, memory per slot and per head, and queries; infinite where positions, counts or shapes differ."""
+    """Largest drift of streams, memory of slots and heads, and queries; infinite where positions or counts differ."""
     ours, theirs = found.snapshot(), expected.snapshot()
     worst = 0.0 if (ours.seen == theirs.seen).all() and (ours.dropped == theirs.dropped).all() else np.inf
     for one, other in zip(ours.layers, theirs.layers, strict=True):
