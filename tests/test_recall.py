@@ -95,3 +95,55 @@ def test_recall_is_what_the_closed_form_predicts(policy: str, backend: str) -> N
         recalled.append(answer == row.answer)
     if not policy.startswith("h2o"):
         assert 0 < sum(recalled) < len(rows)  # the case shows both outcomes
+
+
+def recalled(backend: str, policy: str, rows: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    """What the model answers after the prompts were evicted, and which answers are right."""
+    model = loaded(backend)
+    _, held = model.step(np.array([row.tokens[:-1] for row in rows]), model.cache(policy, batch=len(rows)))
+    logits, _ = model.step(np.array([row.tokens[-1:] for row in rows]), held)
+    answers = logits[:, 0].argmax(-1)
+    return answers, answers == np.array([row.answer for row in rows])
+
+
+@cache
+def planted() -> list[Prompt]:
+    """Prompts of one length whose answers stand at many depths."""
+    return [prompt(np.random.default_rng(seed), 120, pairs=2) for seed in range(40)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize("budget", [24, 60, 96])
+def test_a_window_recalls_exactly_what_lies_outside_the_evicted_block(backend: str, budget: int) -> None:
+    """StreamingLLM on a needle: accuracy is the share of needles among the first `sinks` and newest tokens."""
+    rows, sinks = planted(), 4
+    _, right = recalled(backend, f"window(budget={budget}, sinks={sinks})", rows)
+    tokens = len(rows[0].tokens) - 1
+    outside = [row.value_position < sinks or row.value_position >= tokens - (budget - sinks) for row in rows]
+    assert right.tolist() == outside
+    assert 0 < sum(outside) < len(rows)
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_without_the_sink_a_lost_needle_gives_noise_instead_of_byte_0(backend: str) -> None:
+    rows = planted()
+    with_sink, right = recalled(backend, "window(budget=24, sinks=1)", rows)
+    without, also_right = recalled(backend, "window(budget=24, sinks=0)", rows)
+    lost = ~right & ~also_right
+    assert lost.sum() > 10
+    assert (with_sink[lost] == 0).all()
+    assert (without[lost] != 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_the_one_retrieval_head_deserves_the_budget(backend: str) -> None:
+    """Layer 1, kv head 0 retrieves: at the same total, tokens for it recall more, and tokens for the other less."""
+    rows = planted()
+    scores = [
+        recalled(backend, f"window(budget=(24, {heads}), sinks=1)", rows)[1].sum()
+        for heads in ((8, 40), (24, 24), (40, 8))
+    ]
+    assert scores[0] < scores[1] < scores[2]
+    tokens = len(rows[0].tokens) - 1
+    for found, budget in zip(scores, (8, 24, 40), strict=True):
+        assert found == sum(row.value_position >= tokens - (budget - 1) for row in rows)
