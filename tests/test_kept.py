@@ -22,12 +22,15 @@ SHORT = 25
 CHECKED = 6  # steps that run under the type checker; the same code then runs without
 
 # Fields are spelled so that the same text makes the policy on every backend.
-EXAMPLES = [policies.spelling(one) for name in policies.names() for one in policies.get(name).examples()]
-FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in policies.names()]
-# In `make test` the long runs are of these, which between them use every hook; `make test-slow` has them all.
+# Long runs are of these, which between them use every hook, and in `make test-slow` of one example of each other policy.
 CORE = (
     "adakv", "expected_attention", "full", "h2o", "keep_it_odd", "key_norm", "random", "snapkv", "tova", "window",
 )  # fmt: skip
+EXAMPLES = [policies.spelling(one) for name in CORE for one in policies.get(name).examples()]
+FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in CORE]
+OTHERS = [
+    policies.spelling(policies.get(name).examples()[0]) for name in policies.names() if name not in CORE
+]
 # These look at nothing but positions: what the others show of the compiled step, they show again.
 PLAIN = [one for one in EXAMPLES if one.startswith(("random", "window")) and "reposition" not in one]
 BLIND = [*PLAIN, "full()", "keep_it_odd(budget=9)"]  # scores without rounding
@@ -80,7 +83,7 @@ def _record(model: Model, policy: str) -> Recorded:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: False))
+@pytest.mark.parametrize(("backend", "policy"), _cases([*EXAMPLES, *OTHERS], lambda backend, policy: False))
 def test_replay_in_float64(backend: str, policy: str) -> None:
     """The reference's decisions are forced, so that each of the backend's own is taken over the same tokens."""
     _replay(backend, "float64", policy)
@@ -114,7 +117,8 @@ def _replay(backend: str, dtype: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: backend == "flax" and policy in PLAIN)
+    ("backend", "policy"),
+    _cases([*EXAMPLES, *OTHERS], lambda backend, policy: backend == "flax" and policy in PLAIN),
 )
 def test_free_run(backend: str, policy: str) -> None:
     """Decode as it is used, with each backend's own decisions: positions, keys, values, memory, logits."""
@@ -224,7 +228,8 @@ def test_budgets_per_layer(backend: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "policy"), _cases(EXAMPLES, lambda backend, policy: backend == "flax" and policy in PLAIN)
+    ("backend", "policy"),
+    _cases([*EXAMPLES, *OTHERS], lambda backend, policy: backend == "flax" and policy in PLAIN),
 )
 def test_a_finished_row_stays_as_it_is(backend: str, policy: str) -> None:
     """Bit for bit, memory and queries included, while others decode; then it goes on as if nothing had been."""
