@@ -22,10 +22,8 @@ SHORT = 25
 CHECKED = 6  # steps that run under the type checker; the same code then runs without
 
 # Fields are spelled so that the same text makes the policy on every backend.
-# Long runs are of these, which between them use every hook; in `make test-slow` also of one example of each other.
-CORE = (
-    "adakv", "expected_attention", "full", "h2o", "keep_it_odd", "key_norm", "random", "snapkv", "tova", "window",
-)  # fmt: skip
+# Long runs are of these; in `make test-slow` also of one example of each other.
+CORE = ("full", "h2o", "keep_it_odd", "key_norm", "random", "snapkv", "tova", "window")
 EXAMPLES = [policies.spelling(one) for name in CORE for one in policies.get(name).examples()]
 FIRST = [policies.spelling(policies.get(name).examples()[0]) for name in CORE]
 OTHERS = [
