@@ -12,6 +12,8 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 PYTHON ?= python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# A process per core, up to four; a file stays in one process, where its tests share what is compiled.
+PYTEST := $(BIN)/python -m pytest --ignore=tests/benchmarks -n logical --maxprocesses=4 --dist=loadfile
 
 # Prints the first Python that is new enough and can make an environment, or says what was found instead.
 define FIND_PYTHON
@@ -35,10 +37,10 @@ demo: .venv/base.stamp
 	$(BIN)/kvtwin demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/benchmarks
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: .venv/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/benchmarks
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu"
 
 bench: .venv/test.stamp
 	# Without the type checker, which tests run under and which would be measured with the rest.

@@ -710,5 +710,5 @@ def test_a_prompt_beyond_the_capacity(backend: str) -> None:
 @pytest.mark.parametrize(("field", "value"), [("batch", 0), ("batch", -1), ("capacity", 0)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cache_of_nothing_is_refused(backend: str, field: str, value: int) -> None:
-    with pytest.raises(KvtwinError, match=f"{field} is {value}; expected at least 1"):
+    with pytest.raises(KvtwinError, match=f"{field} is {value}; expected an integer of at least 1"):
         model(backend).cache(**{field: value})

@@ -75,7 +75,10 @@ def taps(backend: str, policy: str) -> str:
 def kept(backend: str, policy: str) -> str:
     """The backend's own decisions, led along the reference's."""
     right = reference(policy)
-    found = run(build(backend), PROMPT, policy, STEPS, along=right, watch=False)
+    try:
+        found = run(build(backend), PROMPT, policy, STEPS, along=right, watch=False)
+    except KvtwinError as error:  # the reference's sets do not fit into its cache
+        return str(error)
     agreement = kept_agreement(found.decisions, right.decisions, EXACT)
     return "" if agreement.within(SWAPS["float64"]) else str(agreement.mismatches[0])
 
@@ -390,7 +393,7 @@ MUTANTS = {
     ),
     "protection ignored": Mutant(protection_ignored, kept, WINDOW, "it protects others"),
     "budget of another layer": Mutant(
-        budget_of_another_layer, kept, "window(budget=(6, 4), sinks=2)", "it kept 4 tokens, expected 6"
+        budget_of_another_layer, kept, "window(budget=(6, 4), sinks=2)", "a forced set has 6 tokens; expected at most 4"
     ),
     "sums not divided by the group": Mutant(sums_over_the_group, scores, H2O, "scores drift by"),
     "scale forgotten": Mutant(scale_forgotten, taps, "full()", "prompt: layers.0.attention.mixed"),
