@@ -393,7 +393,10 @@ MUTANTS = {
     ),
     "protection ignored": Mutant(protection_ignored, kept, WINDOW, "it protects others"),
     "budget of another layer": Mutant(
-        budget_of_another_layer, kept, "window(budget=(6, 4), sinks=2)", "a forced set has 6 tokens; expected at most 4"
+        budget_of_another_layer,
+        kept,
+        "window(budget=(6, 4), sinks=2)",
+        "a forced set has 6 tokens; expected at most 4",
     ),
     "sums not divided by the group": Mutant(sums_over_the_group, scores, H2O, "scores drift by"),
     "scale forgotten": Mutant(scale_forgotten, taps, "full()", "prompt: layers.0.attention.mixed"),
