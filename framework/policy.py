@@ -294,8 +294,12 @@ class Policy(ABC):
         return view.budget
 
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
-        """The most tokens that `budgets` gives a head of this layer; buffers are as large as this."""
+        """The most tokens that `budgets` gives a head of this layer."""
         return budget
+
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        """The most tokens that `budgets` gives the heads of this layer together; the memory held is as large as this."""
+        return sum(self.most(budget, layer, spec) for budget in budgets)
 
     def statistic(self, view: View) -> Float[Array, "batch"]:
         """What `allocate` is to know of this layer, under `allocates`."""

@@ -194,6 +194,9 @@ class Wrapper(Policy):
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
         return self.policy.most(budget, layer, spec)
 
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        return self.policy.total(budgets, layer, spec)
+
     def statistic(self, view: View) -> Float[Array, "batch"]:
         return self.policy.statistic(self.inside(view))
 
@@ -330,6 +333,9 @@ class Several(Policy):
 
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
         return max(each.most(budget, layer, spec) for each in self.members.values())
+
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        return max(each.total(budgets, layer, spec) for each in self.members.values())
 
     def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> tuple[Any, Any]:
         policy, own = self._decides(view)

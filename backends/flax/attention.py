@@ -70,3 +70,42 @@ def _block(
     )
     sums = weights.sum((2, 3)) / layer.group if with_sums else None
     return mixed.astype(values.dtype), sums
+
+
+def paged_attention(
+    queries: Float[jax.Array, "batch kv_heads group 1 head_dim"],
+    keys: Float[jax.Array, "pages size head_dim"],
+    values: Float[jax.Array, "pages size width"],
+    query_position: Int[jax.Array, "batch 1"],
+    key_positions: Int[jax.Array, "pages size"],
+    owner: Int[jax.Array, "pages"],
+    layer: Layer,
+    with_sums: bool,
+) -> tuple[Float[jax.Array, "batch kv_heads group 1 width"], Float[jax.Array, "places"] | None]:
+    """`attention` of one query per row over heads in pages; `owner` is the head of each page, rows first.
+
+    A softmax over all pages of a head: each page by itself, joined by the head's largest logit and its total.
+    """
+    batch, heads, group, _, head_dim = queries.shape
+    total, lanes = wide(keys.dtype), batch * heads
+    own = queries.reshape(lanes, group, head_dim)[owner]
+    logits = jnp.einsum("pgd,psd->pgs", own, keys, preferred_element_type=total) * layer.scale
+    if layer.softcap is not None:
+        logits = jnp.tanh(logits / layer.softcap) * layer.softcap
+    mask = attends(query_position[owner // heads], key_positions, layer.window)[:, None]
+    logits = jnp.where(mask, logits, -jnp.inf)
+
+    def summed(x: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x, owner, lanes, indices_are_sorted=True)
+
+    top = jax.ops.segment_max(logits.max(axis=-1), owner, lanes, indices_are_sorted=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    e = jnp.exp(logits - top[owner][..., None])
+    whole = summed(e.sum(axis=-1))
+    whole = jnp.where(whole == 0, 1.0, whole)
+    weights = e / whole[owner][..., None]
+    mixed = summed(
+        jnp.einsum("pgs,psd->pgd", weights.astype(values.dtype), values, preferred_element_type=total)
+    )
+    sums = weights.mean(axis=1).reshape(-1) if with_sums else None
+    return mixed.astype(values.dtype).reshape(batch, heads, group, 1, -1), sums

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from backends.flax.convert import precision, to_jax, to_numpy, wide, widened
+from backends.flax.pages import PagedState, closed
 from framework.arrays import Array, by_position, keep, take_slots
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
@@ -25,6 +26,7 @@ from framework.eviction import (
     survivors,
     weakest,
 )
+from framework.pages import Pages, pages
 from framework.policy import Policy, View, name
 from framework.shapes import EMPTY, bucket
 from framework.snapshot import Snapshot, canonical
@@ -51,13 +53,48 @@ class LayerState:
     def slots(self) -> int:
         return self.positions.shape[-1]
 
+    @property
+    def stored(self) -> dict[str, list[jax.Array]]:
+        """The buffers, by what they hold."""
+        return {
+            "payload": list(self.streams.values()),
+            "positions": [self.positions],
+            "memory": list(self.memory.values()),
+        }
+
+    def put(self, streams: Mapping[str, jax.Array] | None = None, **rest: Any) -> "LayerState":
+        """The layer with these in the place of its own."""
+        return replace(self, streams={**self.streams, **(streams or {})}, **rest)
+
+    def gathered(self, source: Int[jax.Array, "batch kv_heads slots"]) -> "LayerState":
+        """The layer with the slots that `source` names, -1 giving an empty one."""
+        return replace(
+            self,
+            streams={key: keep(jnp, value, source, 0) for key, value in self.streams.items()},
+            positions=keep(jnp, self.positions, source, EMPTY),
+            memory={key: keep(jnp, value, source, 0) for key, value in self.memory.items()},
+            fill=jnp.max(jnp.sum(source >= 0, axis=-1)).astype(jnp.int32),
+        )
+
+
+Held = LayerState | PagedState
+
+
+def opened(layer: Held) -> LayerState:
+    """The layer with all its heads as wide as the longest."""
+    if isinstance(layer, LayerState):
+        return layer
+    return LayerState(
+        layer.streams, layer.positions, layer.memory, layer.heads, layer.queries, layer.query_positions, layer.fill
+    )  # fmt: skip
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
     """What the compiled functions take and give back. `bad`: some score was NaN."""
 
-    layers: list[LayerState]
+    layers: list[Held]
     seen: Int[jax.Array, "batch"]
     dropped: Int[jax.Array, "batch"]
     bad: Bool[jax.Array, ""]
@@ -90,11 +127,16 @@ class Given:
         return self.budgets[index, :, :heads]
 
 
-def _started(policy: Policy, layer: LayerState, tokens: jax.Array, shape: Any) -> dict[str, jax.Array]:
-    """The per-slot memory of new tokens with these ids, which broadcast to the shape."""
-    start = slot_memory(policy)
-    values = {key: tokens if key == "tokens" else start[key] for key in layer.memory}
-    return {key: jnp.broadcast_to(values[key], shape).astype(old.dtype) for key, old in layer.memory.items()}
+def _fresh(
+    policy: Policy, layer: Held, positions: Int[jax.Array, "batch tokens"], tokens: Int[jax.Array, "batch tokens"]
+) -> tuple[Int[jax.Array, "batch kv_heads tokens"], dict[str, Float[jax.Array, "batch kv_heads tokens"]]]:  # fmt: skip
+    """The positions of new tokens with these ids and their per-slot memory, for every head."""
+    shape = (positions.shape[0], layer.positions.shape[1], positions.shape[1])
+    start = {key: tokens[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()}
+    memory = {
+        key: jnp.broadcast_to(start[key], shape).astype(old.dtype) for key, old in layer.memory.items()
+    }
+    return jnp.broadcast_to(positions[:, None], shape), memory
 
 
 def append(
@@ -105,9 +147,7 @@ def append(
     policy: Policy,
 ) -> LayerState:
     """The layer with the tokens behind its slots; the buffers grow, so this is for prefill."""
-    heads = layer.positions.shape[1]
-    spread = jnp.broadcast_to(positions[:, None], (positions.shape[0], heads, positions.shape[1]))
-    fresh = _started(policy, layer, tokens[:, None], spread.shape)
+    spread, fresh = _fresh(policy, layer, positions, tokens)
     return replace(
         layer,
         streams={key: jnp.concatenate([layer.streams[key], value], axis=2) for key, value in new.items()},
@@ -117,14 +157,16 @@ def append(
 
 
 def append_one(
-    layer: LayerState,
+    layer: Held,
     new: dict[str, jax.Array],
     position: Int[jax.Array, "batch 1"],
     token: Int[jax.Array, "batch 1"],
     policy: Policy,
-) -> LayerState:
-    """The layer with one token per row at slot `fill`."""
-    spread = jnp.broadcast_to(position[:, None], (position.shape[0], layer.positions.shape[1], 1))
+) -> Held:
+    """The layer with one token per row behind its last slot."""
+    spread, fresh = _fresh(policy, layer, position, token)
+    if isinstance(layer, PagedState):
+        return layer.append_one(new, spread, fresh)
 
     def write(buffer: jax.Array, value: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, value.astype(buffer.dtype), layer.fill, axis=2)
@@ -133,43 +175,42 @@ def append_one(
         layer,
         streams={key: write(layer.streams[key], value) for key, value in new.items()},
         positions=write(layer.positions, spread),
-        memory={
-            key: write(layer.memory[key], value)
-            for key, value in _started(policy, layer, token[:, None], spread.shape).items()
-        },
+        memory={key: write(layer.memory[key], value) for key, value in fresh.items()},
         fill=layer.fill + 1,
     )
 
 
 def overwrite(
-    layer: LayerState,
+    layer: Held,
     new: dict[str, jax.Array],
     position: Int[jax.Array, "batch 1"],
     token: Int[jax.Array, "batch 1"],
     policy: Policy,
-) -> LayerState:
+) -> Held:
     """The layer with one token per row in an empty slot of each head."""
+    spread, fresh = _fresh(policy, layer, position, token)
+    if isinstance(layer, PagedState):
+        return layer.overwrite(new, spread, fresh)
     slot = jnp.argmin(layer.positions, axis=-1)
     row = jnp.arange(slot.shape[0])[:, None]
     head = jnp.arange(slot.shape[1])[None, :]
+
+    def write(buffer: jax.Array, value: jax.Array) -> jax.Array:
+        return buffer.at[row, head, slot].set(value[:, :, 0])
+
     return replace(
         layer,
-        streams={
-            key: layer.streams[key].at[row, head, slot].set(value[:, :, 0]) for key, value in new.items()
-        },
-        positions=layer.positions.at[row, head, slot].set(position),
-        memory={
-            key: layer.memory[key].at[row, head, slot].set(value)
-            for key, value in _started(policy, layer, token, slot.shape).items()
-        },
+        streams={key: write(layer.streams[key], value) for key, value in new.items()},
+        positions=write(layer.positions, spread),
+        memory={key: write(layer.memory[key], value) for key, value in fresh.items()},
     )
 
 
 def observe(
-    layer: LayerState,
+    layer: Held,
     queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
     positions: Int[jax.Array, "batch tokens"],
-) -> LayerState:
+) -> Held:
     """The layer with the newest queries of each row; padding does not push older ones out."""
     if layer.queries is None:
         return layer
@@ -185,7 +226,7 @@ def observe(
     )
 
 
-def view_of(layer: LayerState, plan: Plan, index: int, given: Given, **rest: Any) -> View:
+def view_of(layer: Held, plan: Plan, index: int, given: Given, **rest: Any) -> View:
     """What the policy sees of a layer, in physical slot order."""
     spec, needs = plan.spec.layers[index], plan.policy.needs
     cos, sin = (None, None) if spec.rope is None else given.tables[spec.rope]
@@ -213,14 +254,13 @@ def view_of(layer: LayerState, plan: Plan, index: int, given: Given, **rest: Any
     return repositioned(view) if plan.policy.repositions else view
 
 
-def remembered(layer: LayerState, memory: Mapping[str, jax.Array], active: jax.Array) -> LayerState:
+def remembered(layer: Held, memory: Mapping[str, jax.Array], active: jax.Array) -> Held:
     """The layer with what the policy noted, in the rows that are active."""
 
     def chosen(key: str, old: jax.Array) -> jax.Array:
         return jnp.where(active.reshape(-1, *(1,) * (old.ndim - 1)), memory[key], old)
 
-    return replace(
-        layer,
+    return layer.put(
         memory={key: chosen(key, old) if key in memory else old for key, old in layer.memory.items()},
         heads={key: chosen(key, old) for key, old in layer.heads.items()},
     )
@@ -235,22 +275,11 @@ def nan(scores: jax.Array, filled: jax.Array) -> Bool[jax.Array, ""]:
     )
 
 
-def gathered(layer: LayerState, source: Int[jax.Array, "batch kv_heads slots"]) -> LayerState:
-    """The layer with the slots that `source` names, -1 giving an empty one."""
-    return replace(
-        layer,
-        streams={key: keep(jnp, value, source, 0) for key, value in layer.streams.items()},
-        positions=keep(jnp, layer.positions, source, EMPTY),
-        memory={key: keep(jnp, value, source, 0) for key, value in layer.memory.items()},
-        fill=jnp.max(jnp.sum(source >= 0, axis=-1)).astype(jnp.int32),
-    )
-
-
 def packed(layer: LayerState, slots: int) -> LayerState:
     """The layer with all its tokens in position order in buffers of `slots` slots."""
     order = by_position(jnp, layer.positions).astype(jnp.int32)
     source = jnp.where(take_slots(jnp, layer.positions, order) >= 0, order, -1)
-    return gathered(layer, _sized(source, slots))
+    return layer.gathered(_sized(source, slots))
 
 
 def _sized(index: jax.Array, slots: int) -> jax.Array:
@@ -261,13 +290,13 @@ def _sized(index: jax.Array, slots: int) -> jax.Array:
 
 
 def compacted(
-    layer: LayerState,
+    layer: Held,
     view: View,
     policy: Policy,
     active: Bool[jax.Array, "batch"],
     slots: int,
     forced: jax.Array | None = None,
-) -> tuple[LayerState, Bool[jax.Array, "batch"], Bool[jax.Array, ""], tuple]:
+) -> tuple[Held, Bool[jax.Array, "batch"], Bool[jax.Array, ""], tuple]:
     """The survivors in position order in buffers of `slots` slots; which rows lost a token; NaN; and the decision.
 
     A row that is not active keeps all its tokens.
@@ -288,11 +317,10 @@ def compacted(
         index = jnp.where(active[:, None, None], _slots_where(wanted, slots), index)
     lost = (jnp.sum(index >= 0, axis=-1) < jnp.sum(filled, axis=-1)).any(axis=1)
     source = jnp.where(index < 0, index, take_slots(jnp, order, index))
-    result = gathered(layer, source)
+    result = layer.gathered(source)
     if policy.merges:
         pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
-        streams = {key: value.astype(layer.streams[key].dtype) for key, value in pair}
-        result = replace(result, streams=result.streams | streams)
+        result = result.put({key: value.astype(layer.streams[key].dtype) for key, value in pair})
     return result, lost, nan(scores, filled), decision
 
 
@@ -306,8 +334,8 @@ def _slots_where(
 
 
 def without_weakest(
-    layer: LayerState, view: View, policy: Policy, active: Bool[jax.Array, "batch"]
-) -> tuple[LayerState, Bool[jax.Array, "batch"], Bool[jax.Array, ""]]:
+    layer: Held, view: View, policy: Policy, active: Bool[jax.Array, "batch"]
+) -> tuple[Held, Bool[jax.Array, "batch"], Bool[jax.Array, ""]]:
     """The layer with the weakest slot emptied in each head that holds too many; which rows lost a token; NaN."""
     scores, protected = judge(policy, view)
     filled = view.filled
@@ -317,7 +345,7 @@ def without_weakest(
     over = over & active[:, None]
     here = jnp.arange(layer.slots)[None, None] == slot[..., None]
     positions = jnp.where(here & over[..., None], EMPTY, layer.positions)
-    return replace(layer, positions=positions), over.any(axis=1), nan(scores, filled)
+    return layer.put(positions=positions), over.any(axis=1), nan(scores, filled)
 
 
 @dataclass(repr=False, eq=False)
@@ -378,21 +406,59 @@ class FlaxCache(Cache):
             return bucket(bound) + (1 if overwrites(self.policy, True) else 2 * self.policy.interval)
         return self.capacity if self.capacity is not None else bucket(tokens + self.room)
 
+    def pages(self, index: int) -> Pages | None:
+        """How a layer is laid out whose heads differ; None where that takes no less than heads of one length."""
+        budget, bound = self.budgets[index], self.limit(index)
+        if budget is None or bound is None:
+            return None
+        total = sum(self.policy.total(row, index, self.spec) for row in budget.tolist())
+        again = overwrites(self.policy, True)
+        # Rows that are silent at an eviction keep what came since their own last one.
+        growth, spare = (1, 1) if again else (self.policy.interval, 2 * self.policy.interval)
+        heads = budget.size
+        layout = pages(min(total, heads * bound), heads, spare, growth)
+        return layout if layout.places < heads * self.slots(index) else None
+
+    def settled(self) -> "FlaxCache":
+        """This cache with every layer in the form that it rests in."""
+        if not self.pending:
+            layers = [self.settle(index, layer) for index, layer in enumerate(self.state.layers)]
+            self.state = replace(self.state, layers=layers)
+        return self
+
+    def settle(self, index: int, layer: Held, slots: int = 0) -> Held:
+        """A layer in the form that it rests in; pages have room for heads of this many slots, and for all they hold."""
+        layout, least = self.pages(index), self.least(index)
+        if layout is None:
+            return layer
+        with precision(self.dtype):
+            held = opened(layer)
+            count = np.maximum(to_numpy((held.positions >= 0).sum(axis=-1)), least)
+            needed = int((-(-(count + 2 * layout.spare) // layout.size)).sum())
+            layout = replace(layout, count=max(layout.count, needed))
+            enough = isinstance(layer, PagedState) and layer.slots >= slots
+            if enough and layer.layout.count >= layout.count:
+                return layer
+            return closed(packed(held, max(slots, layer.slots)), layout, least)
+
+    def least(self, index: int) -> np.ndarray | int:
+        """What each head of a layer in pages has room for at least: its budget, where nothing moves any more."""
+        budget = self.budgets[index]
+        return budget if budget is not None and overwrites(self.policy, True) else 0
+
     @property
     def bytes(self) -> Bytes:
         self.alive()
         totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
         for layer in self.state.layers:
-            filled = int((to_numpy(layer.positions) >= 0).sum())
-            groups = {
-                "payload": layer.streams.values(),
-                "positions": [layer.positions],
-                "memory": layer.memory.values(),
-            }
-            for key, arrays in groups.items():
-                each = sum(x.nbytes for x in arrays) // max(layer.positions.size, 1)
+            [positions] = layer.stored["positions"]
+            filled = int((to_numpy(positions) >= 0).sum())
+            for key, arrays in layer.stored.items():
+                each = sum(x.nbytes for x in arrays) // max(positions.size, 1)
                 totals[key] += filled * each
-                totals["padding"] += (layer.positions.size - filled) * each
+                totals["padding"] += (positions.size - filled) * each
+            if isinstance(layer, PagedState):
+                totals["positions"] += layer.first.nbytes + layer.count.nbytes
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
@@ -438,11 +504,12 @@ class FlaxCache(Cache):
     def _gather(self, index: list[int]) -> "FlaxCache":
         pick = np.array(index, np.int32)
         with precision(self.dtype):
+            state = replace(self.state, layers=[opened(layer) for layer in self.state.layers])
             state = jax.tree.map(
-                lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), self.state
+                lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), state
             )
         budgets = [None if each is None else each[pick] for each in self.budgets]
-        return replace(self, state=state, budgets=budgets, row_seen=self.row_seen[pick])
+        return replace(self, state=state, budgets=budgets, row_seen=self.row_seen[pick]).settled()
 
     @property
     def last_eviction(self) -> np.ndarray:
@@ -453,11 +520,11 @@ class FlaxCache(Cache):
         result.row_seen = seen.astype(np.int32)
         with precision(self.dtype):
             end = to_jax(result.row_seen)
-            layers = [_without(layer, end) for layer in result.state.layers]
+            layers = [_without(opened(layer), end) for layer in result.state.layers]
         # Every step takes a slot in all rows, so that ragged rows reach further than any has seen.
         result.used = max([int(seen.max()), *(int(layer.fill) for layer in layers)])
         result.state = replace(result.state, layers=layers, seen=end)
-        return result
+        return result.settled()
 
 
 def _without(layer: LayerState, seen: jax.Array) -> LayerState:

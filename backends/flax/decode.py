@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from backends.flax.attention import attention
+from backends.flax.attention import attention, paged_attention
 from backends.flax.cache import (
     FlaxCache,
     Given,
+    Held,
     LayerState,
     Plan,
     State,
@@ -27,6 +28,7 @@ from backends.flax.cache import (
     append_one,
     compacted,
     observe,
+    opened,
     overwrite,
     packed,
     remembered,
@@ -34,10 +36,12 @@ from backends.flax.cache import (
     without_weakest,
 )
 from backends.flax.convert import precision, to_numpy, widened
+from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
 from framework.arrays import Array
 from framework.decode import Sampling, choose
 from framework.eviction import measured, noted, repositioned, streamed
+from framework.pages import Pages
 from framework.policy import BLOCK, Block, View
 from framework.random import gumbel
 from framework.shapes import EMPTY
@@ -111,22 +115,15 @@ def _project(
 
 
 def _attend(
-    block: "DecoderLayer", plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array,
+    block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, first: Any, positions: jax.Array,
     source: tuple[jax.Array, jax.Array], given: Given, tap: Callable, **rest: Any,
-) -> tuple[jax.Array, LayerState, View]:  # fmt: skip
+) -> tuple[jax.Array, Held, View]:  # fmt: skip
     """Attention of appended tokens; returns the layer's output, the layer with its memory noted, and the view."""
     at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
     if rest["phase"] != "pass":
         held = observe(held, q, positions)
-    keys = held.streams["keys"]
-    if layer.rope is not None and policy.repositions:
-        rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
-        keys = rotate(keys, rank, given.tables[layer.rope])
-        own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
-        q = rotate(q, own[:, :, None], given.tables[layer.rope])
-    mixed, sums = attention(
-        q, keys, held.streams["values"], positions, held.positions, layer, policy.needs.sums
-    )
+    mix = _mixed_in_pages if isinstance(held, PagedState) else _mixed
+    mixed, sums = mix(plan, index, held, q, first, positions, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
@@ -141,6 +138,37 @@ def _attend(
     y = block.attention.output(mixed)
     tap(f"{at}.attention.output", y)
     return y, held, view
+
+
+def _mixed(
+    plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array, given: Given
+) -> tuple[jax.Array, jax.Array | None]:
+    """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
+    layer, policy, keys = plan.spec.layers[index], plan.policy, held.streams["keys"]
+    if layer.rope is not None and policy.repositions:
+        rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
+        keys = rotate(keys, rank, given.tables[layer.rope])
+        own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
+        q = rotate(q, own[:, :, None], given.tables[layer.rope])
+    return attention(q, keys, held.streams["values"], positions, held.positions, layer, policy.needs.sums)
+
+
+def _mixed_in_pages(
+    plan: Plan, index: int, held: PagedState, q: jax.Array, first: Any, position: jax.Array, given: Given
+) -> tuple[jax.Array, jax.Array | None]:
+    """`_mixed` for one token per row and heads of different lengths."""
+    del first  # each head has its own
+    layer, policy = plan.spec.layers[index], plan.policy
+    streams, positions, owner = held.paged()
+    keys = streams["keys"]
+    if layer.rope is not None and policy.repositions:
+        rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
+        keys = rotate(keys, held.put(positions=rank).marks.reshape(positions.shape), given.tables[layer.rope])
+        q = rotate(q, rank[:, :, None, -1:], given.tables[layer.rope])
+    mixed, sums = paged_attention(
+        q, keys, streams["values"], position, positions, owner, layer, policy.needs.sums
+    )
+    return mixed, None if sums is None else held.shown(sums)
 
 
 def _streamed(plan: Plan, view: View, positions: jax.Array, raw: jax.Array, hidden: jax.Array) -> View:
@@ -203,7 +231,7 @@ def _logits(
 
 @partial(
     jax.jit,
-    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "record", "measure", "tap"),
+    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "layouts", "record", "measure", "tap"),
 )
 def advance(
     bones: Skeleton,
@@ -213,6 +241,7 @@ def advance(
     due: bool,
     whole: bool,
     slots: tuple[int, ...],
+    layouts: tuple[Pages | None, ...],
     record: bool,
     measure: bool,
     leaves: list[jax.Array],
@@ -222,7 +251,7 @@ def advance(
     forced: list[Array] | None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list, list]:
-    """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots.
+    """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots, or in pages.
 
     `whole`: rows without a token in this call are evicted too. Returns logits, state, and what was asked for: decisions
     (`record`) and the policy's statistics of each layer (`measure`).
@@ -239,8 +268,9 @@ def advance(
     layers, dropped, bad = [], state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
         q, k, v, source = _project(block, plan, index, x, positions, given, tap)
-        first = state.layers[index].slots
-        held = append(state.layers[index], {"keys": k, "values": v}, positions, tokens, plan.policy)
+        held = opened(state.layers[index])
+        first = held.slots
+        held = append(held, {"keys": k, "values": v}, positions, tokens, plan.policy)
         y, held, view = _attend(
             block, plan, index, held, q, first, positions, source, given, tap, seen=seen, phase=phase
         )
@@ -254,6 +284,9 @@ def advance(
             taken.append((index, decision))
         else:
             held = packed(held, slots[index])
+        if (layout := layouts[index]) is not None:
+            least = given.budget(index, plan.spec.layers[index].kv_heads) if plan.overwrites(index) else 0
+            held = closed(held, layout, least)
         layers.append(held)
     result = State(layers, seen, dropped, bad)
     decisions = taken if record else []
@@ -301,10 +334,10 @@ def _one(
     return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad)
 
 
-def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, steps: jax.Array) -> tuple:
+def _sometimes(plan: Plan, held: Held, view: View, active: jax.Array, steps: jax.Array) -> tuple:
     """Compaction at every `interval`-th step."""
 
-    def compact(held: LayerState) -> tuple:
+    def compact(held: Held) -> tuple:
         # Read from the operand: what the closure captured would keep a second copy of the buffers.
         current = replace(
             view,
@@ -318,7 +351,7 @@ def _sometimes(plan: Plan, held: LayerState, view: View, active: jax.Array, step
             current = repositioned(current)
         return compacted(held, current, plan.policy, active, held.slots)[:3]
 
-    def wait(held: LayerState) -> tuple:
+    def wait(held: Held) -> tuple:
         return held, jnp.zeros_like(active), jnp.zeros((), bool)
 
     if plan.policy.interval == 1:

@@ -14,11 +14,13 @@ from jaxtyping import Float
 from backends.flax.cache import FlaxCache, Given, State, empty_layer
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
+from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.eviction import UNLIMITED
+from framework.pages import Pages
 from framework.policy import Policy, name
 from framework.rope import check_reach
 from framework.shapes import EMPTY, bucket
@@ -202,15 +204,17 @@ class FlaxModel(Model):
         due = evict and (whole or steps % cache.policy.interval == 0)
         pending = not due and (cache.pending or phase == "prefill" or not evict)
         held = int(cache.row_seen.max())
+        every = range(len(self.spec.layers))
         slots = tuple(
             self._slots(cache, index, due, whole, held + wide_tokens.shape[1], pending, count)
-            for index in range(len(self.spec.layers))
+            for index in every
         )
+        layouts = tuple(None if pending else self._layout(cache, index, due and whole, count) for index in every)
         given, old = self.given(cache, int(after.max())), cache.state
         cache.consume()
         named: dict[str, Any] = {}
         arguments = (
-            self.skeleton, cache.plan, phase, logits, due, whole, slots, decisions is not None,
+            self.skeleton, cache.plan, phase, logits, due, whole, slots, layouts, decisions is not None,
             statistics is not None, self.leaves, given, old, wide_tokens,
             None if forced is None else [np.asarray(kept, np.int32) for kept in forced],
         )  # fmt: skip
@@ -262,6 +266,16 @@ class FlaxModel(Model):
         least = int(cache.state.layers[index].fill) + interval + (0 if due else count)
         return usual if least <= usual else bucket(least)
 
+    def _layout(self, cache: FlaxCache, index: int, whole: bool, count: int) -> Pages | None:
+        """The pages of a layer after a call; more than usual where rows may hold more than that."""
+        layout, layer = cache.pages(index), cache.state.layers[index]
+        if layout is None or whole:
+            return layout
+        heads = layer.positions.shape[0] * layer.positions.shape[1]
+        filled = sum(int((to_numpy(x) >= 0).sum()) for x in layer.stored["positions"])
+        least = heads + (filled + heads * (count + layout.spare)) // layout.size
+        return replace(layout, count=max(layout.count, bucket(least)))
+
     def ready(self, cache: FlaxCache, tokens: int) -> FlaxCache:
         """The cache with room for `tokens` decode steps; a cache that holds back an eviction evicts first.
 
@@ -275,11 +289,15 @@ class FlaxModel(Model):
         for index, layer in enumerate(cache.state.layers):
             bounded = cache.limit(index) is not None
             least = cache.slots(index) if bounded else bucket(cache.used + tokens)
-            if bounded and cache.steps > cache.singles:
+            silent = bounded and cache.steps > cache.singles
+            if silent:
                 # Rows that were silent at an eviction may hold more than the budget, and keep it at the next one.
                 most = max(int(layer.fill), cache.limit(index) or 0)
                 least = max(least, bucket(most + 2 * cache.policy.interval))
-            if layer.slots < least and (bounded or layer.slots < cache.used + tokens):
+            if cache.pages(index) is not None:
+                if silent or layer.slots < least or not isinstance(layer, PagedState):
+                    layer = cache.settle(index, layer, least)
+            elif layer.slots < least and (bounded or layer.slots < cache.used + tokens):
                 layer = self._widened(layer, least)
             layers.append(layer)
         if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
@@ -361,4 +379,4 @@ class FlaxModel(Model):
         cache.budgets = list(held.budgets)
         cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
         cache.steps, cache.pending = held.steps, held.pending
-        return cache
+        return cache.settled()

@@ -10,7 +10,7 @@ special tokens stay first, then those that received most. A head keeps at least 
 tokens received in sum; at decode the shares are of all tokens seen, and attention goes on to be summed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,6 +98,9 @@ class FastGen(Policy):
 
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
         return budget * spec.layers[layer].kv_heads
+
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        return sum(budgets)
 
     @classmethod
     def examples(cls) -> list[Policy]:

@@ -5,7 +5,7 @@ policy: `budget=(32, 32, 64, 128)`. Every layer allocates what any of the polici
 them protects is refused in all layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,9 @@ class PerLayer(Several):
 
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
         return self.policies[layer].most(budget, layer, spec) if layer < len(self.policies) else budget
+
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        return self.policies[layer].total(budgets, layer, spec) if layer < len(self.policies) else sum(budgets)
 
     def _check(self, layers: int) -> None:
         if layers != len(self.policies):

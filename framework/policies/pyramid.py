@@ -10,7 +10,7 @@ half is rounded up. The shares are computed per text from its prompt, and decode
 keeps the budget.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,9 @@ class Pyramid(Wrapper):
     def most(self, budget: int, layer: int, spec: ModelSpec) -> int:
         top, rest = 2 * budget - budget // self.beta, budget % self.beta
         return max(budget, self._on_line(top, rest, budget, layer, len(spec.layers)))
+
+    def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
+        return sum(self.most(budget, layer, spec) for budget in budgets)
 
     def _share(self, view: View) -> Int[Array, "batch kv_heads"]:
         """Whole numbers only, so that all backends round alike: max is `top` - `rest` / beta."""
