@@ -61,7 +61,7 @@ def places(
     end = xp.full((1,), layout.places, dtype=xp.int32, device=device(first))
     end = xp.reshape(xp.concat([flat[1:], end], axis=0), first.shape)
     place = first[..., None] + xp.arange(slots, dtype=xp.int32, device=device(first))
-    return xp.where(place < end[..., None], place, -1)
+    return xp.where((place < end[..., None]) & (place < layout.places), place, -1)
 
 
 def slots_of(

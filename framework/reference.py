@@ -481,6 +481,12 @@ class ReferenceModel(Model):
                     f"policy {name(policy)}: budgets gave a head {budget.max()} tokens in layer {index}; "
                     f"expected at most {most}, what `most` says"
                 )
+            for given, shared in zip(budget, view.budget.tolist(), strict=True):
+                if given.sum() > (total := policy.total(shared, index, self.spec)):
+                    raise KvtwinError(
+                        f"policy {name(policy)}: budgets gave the heads of layer {index} {given.sum()} tokens together; "
+                        f"expected at most {total}, what `total` says"
+                    )
             filled = view.positions >= 0
             if np.isnan(scores[filled]).any():
                 raise KvtwinError(f"policy {name(policy)} scored NaN in layer {index}; expected numbers")

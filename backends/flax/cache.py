@@ -321,7 +321,8 @@ def compacted(
     if policy.merges:
         pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
         result = result.put({key: value.astype(layer.streams[key].dtype) for key, value in pair})
-    return result, lost, nan(scores, filled), decision
+    wrong = nan(scores, filled)
+    return result, lost, wrong | result.overflows if isinstance(result, PagedState) else wrong, decision
 
 
 def _slots_where(
@@ -467,6 +468,8 @@ class FlaxCache(Cache):
 
     def snapshot(self) -> Snapshot:
         self.alive()
+        with precision(self.dtype):
+            held = [opened(layer) for layer in self.state.layers]
         layers = tuple(
             canonical(
                 {key: to_numpy(value) for key, value in layer.streams.items()},
@@ -476,7 +479,7 @@ class FlaxCache(Cache):
                 None if layer.queries is None else to_numpy(layer.queries),
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
             )
-            for layer in self.state.layers
+            for layer in held
         )
         return Snapshot(
             spec=self.spec,

@@ -287,6 +287,7 @@ def advance(
         if (layout := layouts[index]) is not None:
             least = given.budget(index, plan.spec.layers[index].kv_heads) if plan.overwrites(index) else 0
             held = closed(held, layout, least)
+            bad = bad | held.overflows
         layers.append(held)
     result = State(layers, seen, dropped, bad)
     decisions = taken if record else []

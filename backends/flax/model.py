@@ -271,7 +271,7 @@ class FlaxModel(Model):
         layout, layer = cache.pages(index), cache.state.layers[index]
         if layout is None or whole:
             return layout
-        heads = layer.positions.shape[0] * layer.positions.shape[1]
+        heads = cache.batch * self.spec.layers[index].kv_heads
         filled = sum(int((to_numpy(x) >= 0).sum()) for x in layer.stored["positions"])
         least = heads + (filled + heads * (count + layout.spare)) // layout.size
         return replace(layout, count=max(layout.count, bucket(least)))
@@ -336,8 +336,15 @@ class FlaxModel(Model):
 
     def check_scores(self, cache: FlaxCache) -> None:
         """Raises if a score was NaN."""
-        if cache.plan.policy.evicts and bool(cache.state.bad):
-            raise KvtwinError(f"policy {name(cache.policy)} scored NaN; expected numbers")
+        if not (cache.plan.policy.evicts and bool(cache.state.bad)):
+            return
+        for index, layer in enumerate(cache.state.layers):
+            if isinstance(layer, PagedState) and bool(layer.overflows):
+                raise KvtwinError(
+                    f"policy {name(cache.policy)} gave the heads of layer {index} more than its `total` says; "
+                    "expected the most tokens that its `budgets` ever gives them together"
+                )
+        raise KvtwinError(f"policy {name(cache.policy)} scored NaN; expected numbers")
 
     def decode(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from framework.pages import Pages, first_places, joined, owners, places, slots_of, taken
 from framework.shapes import EMPTY
@@ -56,6 +56,12 @@ class PagedState:
             "positions": [self.marks],
             "memory": list(self.notes.values()),
         }
+
+    @property
+    def overflows(self) -> Bool[jax.Array, ""]:
+        """True if the heads hold more than there are pages for: something is lost."""
+        free = places(jnp, self.first, self.layout, self.slots) >= 0
+        return jnp.any(jnp.sum(free, axis=-1) < self.count)
 
     def shown(
         self, run: Shaped[jax.Array, "places *rest"], empty: float | int = 0
