@@ -55,3 +55,37 @@ def attention(
                 sums[..., :end] += weights.sum(dim=2) / group
         mixed[..., start:stop, :] = out.reshape(batch, kv_heads, group, stop - start, -1)
     return mixed, sums
+
+
+def paged_attention(
+    queries: Float[torch.Tensor, "batch kv_heads group 1 head_dim"],
+    keys: Float[torch.Tensor, "pages size head_dim"],
+    values: Float[torch.Tensor, "pages size width"],
+    query_position: Int[torch.Tensor, "batch 1"],
+    key_positions: Int[torch.Tensor, "pages size"],
+    owner: Int[torch.Tensor, "pages"],
+    layer: Layer,
+    with_sums: bool,
+) -> tuple[Float[torch.Tensor, "batch kv_heads group 1 width"], Float[torch.Tensor, "places"] | None]:
+    """`attention` of one query per row over heads in pages; `owner` is the head of each page, rows first.
+
+    A softmax over all pages of a head: each page by itself, joined by the head's largest logit and its total.
+    """
+    batch, heads, group, _, head_dim = queries.shape
+    lanes, owner = batch * heads, owner.to(torch.int64)
+    own = queries.reshape(lanes, group, head_dim)[owner]
+    logits = widened(own) @ widened(keys).transpose(-1, -2) * layer.scale
+    if layer.softcap is not None:
+        logits = torch.tanh(logits / layer.softcap) * layer.softcap
+    mask = attends(query_position[owner // heads], key_positions, layer.window)[:, None]
+    logits = logits.masked_fill(~mask, -torch.inf)
+    most = logits.amax(-1)
+    index = owner[:, None].expand(most.shape)
+    top = most.new_full((lanes, group), -torch.inf).scatter_reduce_(0, index, most, "amax")
+    e = torch.exp(logits - top.masked_fill(top == -torch.inf, 0.0)[owner][..., None])
+    whole = e.new_zeros(lanes, group).index_add_(0, owner, e.sum(-1))
+    weights = e / whole.masked_fill(whole == 0, 1.0)[owner][..., None]
+    part = weights @ widened(values)
+    mixed = part.new_zeros(lanes, group, part.shape[-1]).index_add_(0, owner, part)
+    sums = weights.mean(1).flatten() if with_sums else None
+    return mixed.to(queries.dtype).view(batch, heads, group, 1, -1), sums

@@ -1,243 +1,23 @@
-"""The dynamic cache: per-layer tensors that grow in blocks, shrink by gather, and free what they drop."""
+"""The dynamic cache: its layers free what they drop, also where the heads of one differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import array_api_compat.torch as xp
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 
-from backends.torch.convert import to_numpy, widened
-from framework.arrays import by_position, keep, take_slots
+from backends.torch.convert import to_numpy
+from backends.torch.layer import LayerCache
+from backends.torch.pages import PagedLayer, closed, opened
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
-from framework.eviction import (
-    UNLIMITED,
-    alive,
-    heads_budgets,
-    judge,
-    merged,
-    ordered,
-    overwrites,
-    repositioned,
-    survivors,
-    weakest,
-)
-from framework.policy import Policy, View, name
-from framework.shapes import EMPTY, bucket
+from framework.eviction import UNLIMITED, overwrites
+from framework.pages import Pages, pages
+from framework.policy import Policy, name
+from framework.shapes import EMPTY
 from framework.snapshot import Snapshot, canonical
-from framework.spec import Layer, ModelSpec
-
-
-@dataclass
-class LayerCache:
-    """One layer. Slots from `fill` on are free to append to; `used` is the most tokens that a head can hold now.
-
-    `memory` is what the policy remembers per slot, `heads` per head. `limit`: most tokens per head after an eviction.
-    While `fill` is below the number of slots, the filled slots are in position order.
-    """
-
-    spec: Layer
-    limit: int | None
-    budget: Int[torch.Tensor, "batch kv_heads"]
-    streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
-    positions: Int[torch.Tensor, "batch kv_heads slots"]
-    memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
-    heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
-    queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
-    query_positions: Int[torch.Tensor, "batch window"] | None
-    fill: int = 0
-    used: int = 0
-
-    @property
-    def slots(self) -> int:
-        return self.positions.shape[-1]
-
-    @property
-    def bound(self) -> int:
-        """`limit` of a layer that evicts."""
-        assert self.limit is not None
-        return self.limit
-
-    def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots."""
-        more = slots - self.slots
-        if more <= 0:
-            return
-
-        def wider(x: torch.Tensor, empty: float | int) -> torch.Tensor:
-            tail = x.new_full((*x.shape[:2], more, *x.shape[3:]), empty)
-            return torch.cat([x, tail], dim=2)
-
-        self.streams = {key: wider(value, 0) for key, value in self.streams.items()}
-        self.positions = wider(self.positions, EMPTY)
-        self.memory = {key: wider(value, 0) for key, value in self.memory.items()}
-
-    def append(
-        self,
-        new: dict[str, torch.Tensor],
-        positions: torch.Tensor,
-        start: Mapping[str, float | torch.Tensor],
-    ) -> None:
-        """Write the tokens behind the filled slots, growing by a quarter where there is no room."""
-        count = positions.shape[1]
-        if self.fill + count > self.slots:
-            room = self.fill + count if self.limit is not None else bucket(self.fill + count + 1)
-            self.reserve(room)
-        span = slice(self.fill, self.fill + count)
-        for key, value in new.items():
-            self.streams[key][:, :, span] = value
-        self.positions[:, :, span] = positions[:, None]
-        for key, value in start.items():
-            self.memory[key][:, :, span] = value
-        self.fill += count
-        self.used += count
-
-    def overwrite(
-        self,
-        new: dict[str, torch.Tensor],
-        positions: torch.Tensor,
-        start: Mapping[str, float | torch.Tensor],
-    ) -> None:
-        """Write one token into an empty slot of each row and head."""
-        if self.used + 1 > self.slots:
-            self.reserve(min(bucket(self.used + 1), self.bound + 1))
-        slot = self.positions.argmin(dim=-1, keepdim=True)
-        for key, value in new.items():
-            self.streams[key].scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
-        self.positions.scatter_(2, slot, positions[:, None].expand(-1, slot.shape[1], -1))
-        for key, value in start.items():
-            fresh = torch.as_tensor(value, dtype=self.memory[key].dtype, device=slot.device)
-            self.memory[key].scatter_(2, slot, fresh.expand(slot.shape))
-        self.fill = self.slots
-        self.used += 1
-
-    def observe(self, queries: torch.Tensor, positions: torch.Tensor) -> None:
-        """Keep the newest queries of each row; padding does not push older ones out."""
-        if self.queries is None:
-            return
-        assert self.query_positions is not None
-        asked = self.query_positions.shape[1]
-        every = torch.cat([self.query_positions, positions], dim=1)
-        order = torch.argsort(every, dim=1, stable=True)[:, -asked:]
-        self.query_positions = every.gather(1, order)
-        both = torch.cat([self.queries, queries], dim=3)
-        index = order[:, None, None, :, None].expand(-1, *both.shape[1:3], -1, both.shape[-1])
-        self.queries = both.gather(3, index)
-
-    def view(
-        self,
-        policy: Policy,
-        sums: torch.Tensor | None,
-        table: tuple[torch.Tensor, torch.Tensor] | None,
-        **rest: Any,
-    ) -> View:
-        """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope."""
-        needs = policy.needs
-        wanted = needs.keys or needs.queries > 0
-        cos, sin = (None, None) if table is None else table
-        view = View(
-            xp=xp,
-            positions=self.positions,
-            budget=self.budget,
-            memory={key: self.memory[key] for key in policy.memory} | self.heads,
-            keys=widened(self.streams["keys"]) if wanted else None,
-            values=widened(self.streams["values"]) if needs.values else None,
-            queries=None if self.queries is None else widened(self.queries),
-            query_positions=self.query_positions,
-            sums=sums,
-            tokens=self.memory["tokens"].to(torch.int32) if needs.tokens else None,
-            cos=cos,
-            sin=sin,
-            scale=self.spec.scale,
-            softcap=self.spec.softcap,
-            window=self.spec.window,
-            repositions=policy.repositions,
-            **rest,
-        )
-        return repositioned(view) if policy.repositions else view
-
-    def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
-        """Take over what the policy noted, in the rows that are active."""
-
-        def chosen(key: str, old: torch.Tensor) -> torch.Tensor:
-            return torch.where(active.view(-1, *(1,) * (old.ndim - 1)), memory[key], old)
-
-        self.memory |= {key: chosen(key, old) for key, old in self.memory.items() if key in memory}
-        self.heads = {key: chosen(key, old) for key, old in self.heads.items()}
-
-    def compact(
-        self,
-        policy: Policy,
-        view: View,
-        active: torch.Tensor,
-        forced: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, tuple, torch.Tensor]:
-        """Keep the survivors in position order in new, smaller tensors.
-
-        Returns which rows lost a token, the decision, and whether a score was NaN.
-        """
-        order = by_position(xp, self.positions)
-        seen = ordered(policy, view, order, lambda x, index: take_slots(xp, x, index))
-        scores, protected = judge(policy, seen)
-        budget = heads_budgets(policy, seen, scores)
-        filled = seen.filled
-        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
-        living = alive(seen.positions, seen.seen, self.spec.window)
-        # A row that takes no part in this call keeps what it has gathered since its own last eviction.
-        idle = 0 if bool(active.all()) else int(filled[~active].sum(-1).max())
-        room = min(self.used, max(self.bound, idle))
-        slots = room + policy.interval
-        index = survivors(xp, scores, protected, living, budget, slots)
-        index = torch.where(active[:, None, None], index, _all(filled, slots))
-        chosen = keep(xp, seen.positions, index, EMPTY)
-        decision = (seen.positions, scores, protected, chosen, budget)
-        if forced is not None:
-            index = torch.where(active[:, None, None], _slots_of(seen.positions, forced, slots), index)
-        lost = (index >= 0).sum(-1) < filled.sum(-1)
-        source = take_slots(xp, order, index)
-        source = torch.where(index < 0, index, source.to(index.dtype))
-        self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
-        if policy.merges:
-            pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
-            self.streams |= {key: value.to(self.streams[key].dtype) for key, value in pair}
-        self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
-        self.positions = keep(xp, self.positions, source, EMPTY)
-        self.fill = self.used = room
-        return lost.any(dim=1), decision, bad.any()
-
-    def evict_one(
-        self, policy: Policy, view: View, active: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Empty the weakest slot of each head that holds too many; returns which rows lost a token, and NaN."""
-        scores, protected = judge(policy, view)
-        filled = view.filled
-        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
-        living = alive(self.positions, view.seen, self.spec.window)
-        slot = weakest(xp, scores, self.positions, protected, living)[..., None]
-        over = (filled.sum(-1) > view.budget) | (filled & ~living).any(-1)
-        over = (over & active[:, None])[..., None]
-        self.positions.scatter_(
-            2, slot, torch.where(over, EMPTY, self.positions.gather(2, slot)).to(torch.int32)
-        )
-        self.used = min(self.used, self.bound)
-        return over.any(dim=1)[:, 0], bad.any()
-
-
-def _slots_of(positions: torch.Tensor, forced: torch.Tensor, slots: int) -> torch.Tensor:
-    """Index of the slots that hold the forced positions, in position order, -1 beyond their count."""
-    wanted = (positions[..., :, None] == forced[..., None, :]).any(-1) & (positions >= 0)
-    return _all(wanted, slots)
-
-
-def _all(wanted: torch.Tensor, slots: int) -> torch.Tensor:
-    """Index [.. slots] of the True entries, in order, -1 beyond their count."""
-    total = wanted.shape[-1]
-    here = torch.where(wanted, torch.arange(total, device=wanted.device), total).sort(dim=-1).values
-    here = torch.nn.functional.pad(here, (0, max(0, slots - total)), value=total)[..., :slots]
-    return torch.where(here == total, -1, here).to(torch.int32)
+from framework.spec import ModelSpec
 
 
 @dataclass(repr=False, eq=False)
@@ -248,7 +28,7 @@ class TorchCache(Cache):
     policy: Policy
     codec: Codec
     budgets: list[np.ndarray | None]
-    layers: list[LayerCache]
+    layers: list[LayerCache | PagedLayer]
     row_seen: np.ndarray
     dropped: torch.Tensor
     capacity: int | None = None
@@ -268,38 +48,58 @@ class TorchCache(Cache):
         self.alive()
         return self.row_seen.copy()
 
-    def overwrites(self, layer: LayerCache) -> bool:
+    def overwrites(self, layer: LayerCache | PagedLayer) -> bool:
         """True where decode puts a token into an emptied slot."""
         return overwrites(self.policy, layer.limit is not None)
 
     def allot(self, statistics: Sequence[np.ndarray]) -> None:
         super().allot(statistics)
-        self.layers = [replace(layer) for layer in self.layers]
+        self.layers = [replace(opened(layer)) for layer in self.layers]
         self.bind()
 
     def bind(self) -> None:
         """Hand each layer its limit and its budgets, on its device."""
         for index, (layer, budget) in enumerate(zip(self.layers, self.budgets, strict=True)):
-            layer.limit, shape = self.limit(index), layer.positions.shape[:2]
+            layer.limit, shape = self.limit(index), (self.batch, layer.spec.kv_heads)
             numbers = np.full(shape, UNLIMITED) if budget is None else budget
-            layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=layer.positions.device)
+            layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=self.dropped.device)
+
+    def pages(self, index: int) -> Pages | None:
+        """How a layer is laid out whose heads differ; None where that takes no less than heads of one length."""
+        budget, bound = self.budgets[index], self.limit(index)
+        if budget is None or bound is None:
+            return None
+        total = sum(self.policy.total(row, index, self.spec) for row in budget.tolist())
+        again = overwrites(self.policy, True)
+        # Rows that are silent at an eviction keep what came since their own last one.
+        growth, spare = (1, 1) if again else (self.policy.interval, 2 * self.policy.interval)
+        layout = pages(min(total, budget.size * bound), budget.size, spare, growth)
+        return layout if layout.places < budget.size * (bound + self.policy.interval) else None
+
+    def settle(self) -> None:
+        """Bring every layer into the form that it rests in."""
+        for index, layer in enumerate(self.layers):
+            layout = None if self.pending else self.pages(index)
+            if layout is not None and isinstance(layer, LayerCache):
+                self.layers[index] = closed(layer, layout, layer.budget if self.overwrites(layer) else 0)
+
+    def open(self) -> None:
+        """Make all heads of a layer as wide as the longest."""
+        self.layers = [opened(layer) for layer in self.layers]
 
     @property
     def bytes(self) -> Bytes:
         self.alive()
         totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
         for layer in self.layers:
-            filled = int((layer.positions >= 0).sum())
-            empty = layer.positions.numel() - filled
-            groups = {
-                "payload": layer.streams.values(),
-                "positions": [layer.positions],
-                "memory": layer.memory.values(),
-            }
-            for key, tensors in groups.items():
-                each = sum(x.nbytes for x in tensors) // max(layer.positions.numel(), 1)
+            [positions] = layer.stored["positions"]
+            filled = int((positions >= 0).sum())
+            for key, tensors in layer.stored.items():
+                each = sum(x.nbytes for x in tensors) // max(positions.numel(), 1)
                 totals[key] += filled * each
-                totals["padding"] += empty * each
+                totals["padding"] += (positions.numel() - filled) * each
+            if isinstance(layer, PagedLayer):
+                totals["positions"] += layer.first.nbytes + layer.count.nbytes
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
@@ -357,11 +157,13 @@ class TorchCache(Cache):
                 queries=pick(layer.queries),
                 query_positions=pick(layer.query_positions),
             )
-            for layer in self.layers
+            for layer in map(opened, self.layers)
         ]
         budgets = [None if each is None else each[index] for each in self.budgets]
         seen, dropped = self.row_seen[index], self.dropped[index]
-        return replace(self, layers=layers, budgets=budgets, row_seen=seen, dropped=dropped)
+        result = replace(self, layers=layers, budgets=budgets, row_seen=seen, dropped=dropped)
+        result.settle()
+        return result
 
     @property
     def last_eviction(self) -> np.ndarray:
@@ -369,6 +171,7 @@ class TorchCache(Cache):
 
     def until(self, seen: np.ndarray) -> "TorchCache":
         result = self.fork()
+        result.open()
         result.row_seen = seen.astype(np.int32)
         end = torch.as_tensor(result.row_seen, device=self.dropped.device)
         for layer in result.layers:
@@ -380,4 +183,5 @@ class TorchCache(Cache):
                 filled = (layer.positions >= 0).any(dim=1).any(dim=0).nonzero()
                 layer.fill = int(filled.max()) + 1 if len(filled) else 0
             layer.used = int((layer.positions >= 0).sum(-1).max())
+        result.settle()
         return result

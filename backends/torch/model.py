@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import nn
 from torch.nn import functional
 
-from backends.torch.attention import attention
-from backends.torch.cache import LayerCache, TorchCache
+from backends.torch.attention import attention, paged_attention
+from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
+from backends.torch.layer import LayerCache
+from backends.torch.pages import PagedLayer, closed
 from backends.torch.rope import Tables
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
@@ -217,6 +219,8 @@ class TorchModel(Model):
         due = evict and (whole or cache.steps % policy.interval == 0)
         single = phase == "decode" and not cache.pending and tokens.shape[1] == 1 and evict
         single = single and forced is None and decisions is None
+        if not single:
+            cache.open()
         cache.pending = not due and (cache.pending or phase == "prefill" or not evict)
 
         x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
@@ -236,6 +240,7 @@ class TorchModel(Model):
             tap(f"layers.{index}.ffn", y)
             x = x + (block.ffn_post_norm(y) if spec.post_norms else y)
             tap(f"layers.{index}.output", x)
+        cache.settle()
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]
             raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
@@ -286,19 +291,12 @@ class TorchModel(Model):
             held.overwrite({"keys": k, "values": v}, positions, start)
             first = held.slots - tokens
         else:
-            first = held.fill
+            first = 0 if isinstance(held, PagedLayer) else held.fill
             held.append({"keys": k, "values": v}, positions, start)
         if phase != "pass":
             held.observe(grouped, positions)
-        keys = held.streams["keys"]
-        if layer.rope is not None and policy.repositions:
-            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
-            keys = self.tables.rotate(keys, rank, layer.rope, cache.length)
-            own = rank[:, :, None, first : first + tokens]
-            grouped = self.tables.rotate(grouped, own, layer.rope, cache.length)
-        mixed, sums = attention(
-            grouped, keys, held.streams["values"], positions, held.positions, layer, first, policy.needs.sums
-        )
+        mix = self._mixed_in_pages if isinstance(held, PagedLayer) else self._mixed
+        mixed, sums = mix(held, grouped, first, positions, cache)
         view = held.view(
             policy,
             sums,
@@ -322,6 +320,35 @@ class TorchModel(Model):
         y = attn.output(mixed)
         tap(f"{at}.attention.output", y)
         return y, view
+
+    def _mixed(
+        self, held: LayerCache, queries: torch.Tensor, first: int, positions: torch.Tensor, cache: TorchCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
+        layer, keys, tokens = held.spec, held.streams["keys"], positions.shape[1]
+        if layer.rope is not None and cache.policy.repositions:
+            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
+            keys = self.tables.rotate(keys, rank, layer.rope, cache.length)
+            own = rank[:, :, None, first : first + tokens]
+            queries = self.tables.rotate(queries, own, layer.rope, cache.length)
+        sums = cache.policy.needs.sums
+        return attention(queries, keys, held.streams["values"], positions, held.positions, layer, first, sums)
+
+    def _mixed_in_pages(
+        self, held: PagedLayer, queries: torch.Tensor, first: int, position: torch.Tensor, cache: TorchCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`_mixed` for one token per row and heads of different lengths."""
+        del first  # each head has its own
+        layer, (streams, positions, owner) = held.spec, held.paged()
+        keys = streams["keys"]
+        if layer.rope is not None and cache.policy.repositions:
+            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
+            keys = self.tables.rotate(keys, held.run(rank).view(positions.shape), layer.rope, cache.length)
+            queries = self.tables.rotate(queries, rank[:, :, None, -1:], layer.rope, cache.length)
+        mixed, sums = paged_attention(
+            queries, keys, streams["values"], position, positions, owner, layer, cache.policy.needs.sums
+        )
+        return mixed, None if sums is None else held.shown(sums)
 
     def _output(
         self, block: DecoderLayer, layer: Layer
@@ -349,6 +376,8 @@ class TorchModel(Model):
             lost, decision, bad = held.compact(cache.policy, view, active, forced)
             if decisions is not None:
                 decisions.append(_decision(index, *decision))
+            if isinstance(held, LayerCache) and (layout := cache.pages(index)) is not None:
+                cache.layers[index] = closed(held, layout, held.budget if cache.overwrites(held) else 0)
         cache.dropped = torch.where(lost, view.seen, cache.dropped)
         return bad
 
@@ -402,6 +431,7 @@ class TorchModel(Model):
                 layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
             layer.fill = layer.used = layer.slots
         cache.bind()
+        cache.settle()
         return cache
 
 

@@ -1,0 +1,289 @@
+"""One layer of the dynamic cache: tensors that grow in blocks and shrink by gather, and what the policy does with it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from jaxtyping import Float, Int
+
+from backends.torch.convert import widened
+from framework.arrays import by_position, keep, take_slots
+from framework.eviction import alive, heads_budgets, judge, merged, ordered, repositioned, survivors, weakest
+from framework.policy import Policy, View
+from framework.shapes import EMPTY, bucket
+from framework.spec import Layer
+
+
+class HeldLayer(ABC):
+    """What the policy sees and changes of a layer, however its slots are stored.
+
+    `used` is the most tokens that a head can hold now. `memory` is what the policy remembers per slot, `heads` per
+    head. `limit`: most tokens per head after an eviction.
+    """
+
+    spec: Layer
+    limit: int | None
+    budget: Int[torch.Tensor, "batch kv_heads"]
+    heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
+    queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
+    query_positions: Int[torch.Tensor, "batch window"] | None
+    used: int
+    streams: Any  # by name, [batch kv_heads slots width]
+    positions: Any  # [batch kv_heads slots]
+    memory: Any  # by name, [batch kv_heads slots]
+
+    @property
+    @abstractmethod
+    def stored(self) -> dict[str, list[torch.Tensor]]:
+        """The tensors themselves, by what they hold."""
+
+    @abstractmethod
+    def put(
+        self,
+        streams: Mapping[str, torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
+        memory: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Take these in the place of its own."""
+
+    @abstractmethod
+    def gather(self, source: Int[torch.Tensor, "batch kv_heads kept"], room: int, whole: bool) -> None:
+        """Keep the slots that `source` names, -1 giving an empty one; no head holds more than `room`.
+
+        `whole`: every row was evicted, so that no head has more than its budget.
+        """
+
+    @property
+    def bound(self) -> int:
+        """`limit` of a layer that evicts."""
+        assert self.limit is not None
+        return self.limit
+
+    def observe(self, queries: torch.Tensor, positions: torch.Tensor) -> None:
+        """Keep the newest queries of each row; padding does not push older ones out."""
+        if self.queries is None:
+            return
+        assert self.query_positions is not None
+        asked = self.query_positions.shape[1]
+        every = torch.cat([self.query_positions, positions], dim=1)
+        order = torch.argsort(every, dim=1, stable=True)[:, -asked:]
+        self.query_positions = every.gather(1, order)
+        both = torch.cat([self.queries, queries], dim=3)
+        index = order[:, None, None, :, None].expand(-1, *both.shape[1:3], -1, both.shape[-1])
+        self.queries = both.gather(3, index)
+
+    def view(
+        self,
+        policy: Policy,
+        sums: torch.Tensor | None,
+        table: tuple[torch.Tensor, torch.Tensor] | None,
+        **rest: Any,
+    ) -> View:
+        """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope."""
+        needs = policy.needs
+        wanted = needs.keys or needs.queries > 0
+        cos, sin = (None, None) if table is None else table
+        view = View(
+            xp=xp,
+            positions=self.positions,
+            budget=self.budget,
+            memory={key: self.memory[key] for key in policy.memory} | self.heads,
+            keys=widened(self.streams["keys"]) if wanted else None,
+            values=widened(self.streams["values"]) if needs.values else None,
+            queries=None if self.queries is None else widened(self.queries),
+            query_positions=self.query_positions,
+            sums=sums,
+            tokens=self.memory["tokens"].to(torch.int32) if needs.tokens else None,
+            cos=cos,
+            sin=sin,
+            scale=self.spec.scale,
+            softcap=self.spec.softcap,
+            window=self.spec.window,
+            repositions=policy.repositions,
+            **rest,
+        )
+        return repositioned(view) if policy.repositions else view
+
+    def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
+        """Take over what the policy noted, in the rows that are active."""
+
+        def chosen(key: str, old: torch.Tensor) -> torch.Tensor:
+            return torch.where(active.view(-1, *(1,) * (old.ndim - 1)), memory[key], old)
+
+        self.put(memory={key: chosen(key, old) for key, old in self.memory.items() if key in memory})
+        self.heads = {key: chosen(key, old) for key, old in self.heads.items()}
+
+    def compact(
+        self,
+        policy: Policy,
+        view: View,
+        active: torch.Tensor,
+        forced: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, tuple, torch.Tensor]:
+        """Keep the survivors in position order in new, smaller tensors.
+
+        Returns which rows lost a token, the decision, and whether a score was NaN.
+        """
+        order = by_position(xp, self.positions)
+        seen = ordered(policy, view, order, lambda x, index: take_slots(xp, x, index))
+        scores, protected = judge(policy, seen)
+        budget = heads_budgets(policy, seen, scores)
+        filled = seen.filled
+        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
+        living = alive(seen.positions, seen.seen, self.spec.window)
+        # A row that takes no part in this call keeps what it has gathered since its own last eviction.
+        whole = bool(active.all())
+        idle = 0 if whole else int(filled[~active].sum(-1).max())
+        room = min(self.used, max(self.bound, idle))
+        slots = room + policy.interval
+        index = survivors(xp, scores, protected, living, budget, slots)
+        index = torch.where(active[:, None, None], index, _all(filled, slots))
+        chosen = keep(xp, seen.positions, index, EMPTY)
+        decision = (seen.positions, scores, protected, chosen, budget)
+        if forced is not None:
+            index = torch.where(active[:, None, None], _slots_of(seen.positions, forced, slots), index)
+        lost = (index >= 0).sum(-1) < filled.sum(-1)
+        source = take_slots(xp, order, index)
+        source = torch.where(index < 0, index, source.to(index.dtype))
+        self.gather(source, room, whole)
+        if policy.merges:
+            pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
+            self.put({key: value.to(self.streams[key].dtype) for key, value in pair})
+        return lost.any(dim=1), decision, bad.any()
+
+    def evict_one(
+        self, policy: Policy, view: View, active: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Empty the weakest slot of each head that holds too many; returns which rows lost a token, and NaN."""
+        scores, protected = judge(policy, view)
+        filled = view.filled
+        bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
+        living = alive(view.positions, view.seen, self.spec.window)
+        slot = weakest(xp, scores, view.positions, protected, living)[..., None]
+        over = (filled.sum(-1) > view.budget) | (filled & ~living).any(-1)
+        over = (over & active[:, None])[..., None]
+        left = torch.where(over, EMPTY, view.positions.gather(2, slot)).to(torch.int32)
+        self.put(positions=view.positions.scatter_(2, slot, left))
+        self.used = min(self.used, self.bound)
+        return over.any(dim=1)[:, 0], bad.any()
+
+
+
+
+@dataclass
+class LayerCache(HeldLayer):
+    """One layer. Slots from `fill` on are free to append to; `used` is the most tokens that a head can hold now.
+
+    `memory` is what the policy remembers per slot, `heads` per head. `limit`: most tokens per head after an eviction.
+    While `fill` is below the number of slots, the filled slots are in position order.
+    """
+
+    spec: Layer
+    limit: int | None
+    budget: Int[torch.Tensor, "batch kv_heads"]
+    streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
+    positions: Int[torch.Tensor, "batch kv_heads slots"]
+    memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
+    heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
+    queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
+    query_positions: Int[torch.Tensor, "batch window"] | None
+    fill: int = 0
+    used: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    @property
+    def stored(self) -> dict[str, list[torch.Tensor]]:
+        return {
+            "payload": list(self.streams.values()),
+            "positions": [self.positions],
+            "memory": list(self.memory.values()),
+        }
+
+    def put(
+        self,
+        streams: Mapping[str, torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
+        memory: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.streams |= streams or {}
+        self.memory |= memory or {}
+        self.positions = self.positions if positions is None else positions
+
+    def gather(self, source: torch.Tensor, room: int, whole: bool) -> None:
+        self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
+        self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
+        self.positions = keep(xp, self.positions, source, EMPTY)
+        self.fill = self.used = room
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots."""
+        more = slots - self.slots
+        if more <= 0:
+            return
+
+        def wider(x: torch.Tensor, empty: float | int) -> torch.Tensor:
+            tail = x.new_full((*x.shape[:2], more, *x.shape[3:]), empty)
+            return torch.cat([x, tail], dim=2)
+
+        self.streams = {key: wider(value, 0) for key, value in self.streams.items()}
+        self.positions = wider(self.positions, EMPTY)
+        self.memory = {key: wider(value, 0) for key, value in self.memory.items()}
+
+    def append(
+        self,
+        new: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        start: Mapping[str, float | torch.Tensor],
+    ) -> None:
+        """Write the tokens behind the filled slots, growing by a quarter where there is no room."""
+        count = positions.shape[1]
+        if self.fill + count > self.slots:
+            room = self.fill + count if self.limit is not None else bucket(self.fill + count + 1)
+            self.reserve(room)
+        span = slice(self.fill, self.fill + count)
+        for key, value in new.items():
+            self.streams[key][:, :, span] = value
+        self.positions[:, :, span] = positions[:, None]
+        for key, value in start.items():
+            self.memory[key][:, :, span] = value
+        self.fill += count
+        self.used += count
+
+    def overwrite(
+        self,
+        new: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        start: Mapping[str, float | torch.Tensor],
+    ) -> None:
+        """Write one token into an empty slot of each row and head."""
+        if self.used + 1 > self.slots:
+            self.reserve(min(bucket(self.used + 1), self.bound + 1))
+        slot = self.positions.argmin(dim=-1, keepdim=True)
+        for key, value in new.items():
+            self.streams[key].scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
+        self.positions.scatter_(2, slot, positions[:, None].expand(-1, slot.shape[1], -1))
+        for key, value in start.items():
+            fresh = torch.as_tensor(value, dtype=self.memory[key].dtype, device=slot.device)
+            self.memory[key].scatter_(2, slot, fresh.expand(slot.shape))
+        self.fill = self.slots
+        self.used += 1
+
+
+def _slots_of(positions: torch.Tensor, forced: torch.Tensor, slots: int) -> torch.Tensor:
+    """Index of the slots that hold the forced positions, in position order, -1 beyond their count."""
+    wanted = (positions[..., :, None] == forced[..., None, :]).any(-1) & (positions >= 0)
+    return _all(wanted, slots)
+
+
+def _all(wanted: torch.Tensor, slots: int) -> torch.Tensor:
+    """Index [.. slots] of the True entries, in order, -1 beyond their count."""
+    total = wanted.shape[-1]
+    here = torch.where(wanted, torch.arange(total, device=wanted.device), total).sort(dim=-1).values
+    here = torch.nn.functional.pad(here, (0, max(0, slots - total)), value=total)[..., :slots]
+    return torch.where(here == total, -1, here).to(torch.int32)
