@@ -1,4 +1,4 @@
-"""Pages: heads of different lengths in one run of places, each head on whole pages of its own, one head behind the other.
+"""Pages: heads of different lengths in one run of places, one head behind the other, each on whole pages of its own.
 
 A layer whose heads have different budgets would otherwise be as wide as its largest head. Slot s of a head lies at
 place `first + s`, and `first` is a multiple of the page: attention is one product per page, and which head owns a page

@@ -298,7 +298,7 @@ class Policy(ABC):
         return budget
 
     def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
-        """The most tokens that `budgets` gives the heads of this layer together; the memory held is as large as this."""
+        """The most tokens that `budgets` gives the heads of this layer together; buffers have room for as many."""
         return sum(self.most(budget, layer, spec) for budget in budgets)
 
     def statistic(self, view: View) -> Float[Array, "batch"]:

@@ -484,7 +484,7 @@ class ReferenceModel(Model):
             for given, shared in zip(budget, view.budget.tolist(), strict=True):
                 if given.sum() > (total := policy.total(shared, index, self.spec)):
                     raise KvtwinError(
-                        f"policy {name(policy)}: budgets gave the heads of layer {index} {given.sum()} tokens together; "
+                        f"policy {name(policy)}: budgets gave the heads of layer {index} {given.sum()} tokens; "
                         f"expected at most {total}, what `total` says"
                     )
             filled = view.positions >= 0

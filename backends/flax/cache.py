@@ -133,9 +133,7 @@ def _fresh(
     """The positions of new tokens with these ids and their per-slot memory, for every head."""
     shape = (positions.shape[0], layer.positions.shape[1], positions.shape[1])
     start = {key: tokens[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()}
-    memory = {
-        key: jnp.broadcast_to(start[key], shape).astype(old.dtype) for key, old in layer.memory.items()
-    }
+    memory = {key: jnp.broadcast_to(start[key], shape).astype(old.dtype) for key, old in layer.memory.items()}
     return jnp.broadcast_to(positions[:, None], shape), memory
 
 
@@ -437,8 +435,7 @@ class FlaxCache(Cache):
             count = np.maximum(to_numpy((held.positions >= 0).sum(axis=-1)), least)
             needed = int((-(-(count + 2 * layout.spare) // layout.size)).sum())
             layout = replace(layout, count=max(layout.count, needed))
-            enough = isinstance(layer, PagedState) and layer.slots >= slots
-            if enough and layer.layout.count >= layout.count:
+            if isinstance(layer, PagedState) and layer.slots >= slots and layer.layout.count >= layout.count:
                 return layer
             return closed(packed(held, max(slots, layer.slots)), layout, least)
 
@@ -507,7 +504,7 @@ class FlaxCache(Cache):
     def _gather(self, index: list[int]) -> "FlaxCache":
         pick = np.array(index, np.int32)
         with precision(self.dtype):
-            state = replace(self.state, layers=[opened(layer) for layer in self.state.layers])
+            state = replace(self.state, layers=list(map(opened, self.state.layers)))
             state = jax.tree.map(
                 lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), state
             )
@@ -523,7 +520,7 @@ class FlaxCache(Cache):
         result.row_seen = seen.astype(np.int32)
         with precision(self.dtype):
             end = to_jax(result.row_seen)
-            layers = [_without(opened(layer), end) for layer in result.state.layers]
+            layers: list[Held] = [_without(opened(layer), end) for layer in result.state.layers]
         # Every step takes a slot in all rows, so that ragged rows reach further than any has seen.
         result.used = max([int(seen.max()), *(int(layer.fill) for layer in layers)])
         result.state = replace(result.state, layers=layers, seen=end)

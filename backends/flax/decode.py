@@ -122,8 +122,10 @@ def _attend(
     at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
     if rest["phase"] != "pass":
         held = observe(held, q, positions)
-    mix = _mixed_in_pages if isinstance(held, PagedState) else _mixed
-    mixed, sums = mix(plan, index, held, q, first, positions, given)
+    if isinstance(held, PagedState):
+        mixed, sums = _mixed_in_pages(plan, index, held, q, positions, given)
+    else:
+        mixed, sums = _mixed(plan, index, held, q, first, positions, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
@@ -154,10 +156,9 @@ def _mixed(
 
 
 def _mixed_in_pages(
-    plan: Plan, index: int, held: PagedState, q: jax.Array, first: Any, position: jax.Array, given: Given
+    plan: Plan, index: int, held: PagedState, q: jax.Array, position: jax.Array, given: Given
 ) -> tuple[jax.Array, jax.Array | None]:
     """`_mixed` for one token per row and heads of different lengths."""
-    del first  # each head has its own
     layer, policy = plan.spec.layers[index], plan.policy
     streams, positions, owner = held.paged()
     keys = streams["keys"]
@@ -231,7 +232,19 @@ def _logits(
 
 @partial(
     jax.jit,
-    static_argnames=("bones", "plan", "phase", "logits", "due", "whole", "slots", "layouts", "record", "measure", "tap"),
+    static_argnames=(
+        "bones",
+        "plan",
+        "phase",
+        "logits",
+        "due",
+        "whole",
+        "slots",
+        "layouts",
+        "record",
+        "measure",
+        "tap",
+    ),
 )
 def advance(
     bones: Skeleton,
@@ -251,7 +264,8 @@ def advance(
     forced: list[Array] | None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list, list]:
-    """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots, or in pages.
+    """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots, or in
+    pages.
 
     `whole`: rows without a token in this call are evicted too. Returns logits, state, and what was asked for: decisions
     (`record`) and the policy's statistics of each layer (`measure`).
@@ -265,12 +279,13 @@ def advance(
     x = _embed(decoder, plan, tokens, tap)
     taken: list[tuple[int, tuple]] = []
     statistics: list[jax.Array] = []
-    layers, dropped, bad = [], state.dropped, state.bad
+    layers: list[Held] = []
+    dropped, bad = state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
         q, k, v, source = _project(block, plan, index, x, positions, given, tap)
-        held = opened(state.layers[index])
-        first = held.slots
-        held = append(held, {"keys": k, "values": v}, positions, tokens, plan.policy)
+        before = opened(state.layers[index])
+        first = before.slots
+        held: Held = append(before, {"keys": k, "values": v}, positions, tokens, plan.policy)
         y, held, view = _attend(
             block, plan, index, held, q, first, positions, source, given, tap, seen=seen, phase=phase
         )
@@ -283,7 +298,7 @@ def advance(
             dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
             taken.append((index, decision))
         else:
-            held = packed(held, slots[index])
+            held = packed(opened(held), slots[index])
         if (layout := layouts[index]) is not None:
             least = given.budget(index, plan.spec.layers[index].kv_heads) if plan.overwrites(index) else 0
             held = closed(held, layout, least)
@@ -311,7 +326,8 @@ def _one(
     position = jnp.where(real, state.seen, EMPTY)[:, None]
     seen = state.seen + real.astype(jnp.int32)
     x = _embed(decoder, plan, tokens[:, None], no_tap)
-    layers, dropped, bad = [], state.dropped, state.bad
+    layers: list[Held] = []
+    dropped, bad = state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
         held = state.layers[index]
         q, k, v, source = _project(block, plan, index, x, position, given, no_tap)

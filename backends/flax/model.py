@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from backends.flax.cache import FlaxCache, Given, State, empty_layer
+from backends.flax.cache import FlaxCache, Given, Held, State, empty_layer, opened
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.pages import PagedState
@@ -209,7 +209,9 @@ class FlaxModel(Model):
             self._slots(cache, index, due, whole, held + wide_tokens.shape[1], pending, count)
             for index in every
         )
-        layouts = tuple(None if pending else self._layout(cache, index, due and whole, count) for index in every)
+        layouts = tuple(
+            None if pending else self._layout(cache, index, due and whole, count) for index in every
+        )
         given, old = self.given(cache, int(after.max())), cache.state
         cache.consume()
         named: dict[str, Any] = {}
@@ -362,7 +364,7 @@ class FlaxModel(Model):
         held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
         cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
         with precision(self.dtype):
-            layers = [
+            layers: list[Held] = [
                 replace(
                     empty,
                     streams={key: to_jax(value, self.kind) for key, value in saved.streams.items()},
@@ -375,7 +377,7 @@ class FlaxModel(Model):
                     else to_jax(saved.query_positions, np.int32),
                     fill=to_jax(np.array(saved.positions.shape[-1]), np.int32),
                 )
-                for empty, saved in zip(cache.state.layers, held.layers, strict=True)
+                for empty, saved in zip(map(opened, cache.state.layers), held.layers, strict=True)
             ]
             cache.state = replace(
                 cache.state,

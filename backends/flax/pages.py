@@ -114,9 +114,7 @@ class PagedState:
         """The layer with one token per row behind the last slot of each head; -1 leaves a row as it is."""
         real = position[..., 0] >= 0
         place = jnp.where(real, self.first + self.count, self.layout.places)
-        return replace(
-            self._written(place, new, position, fresh), count=self.count + real.astype(jnp.int32)
-        )
+        return replace(self._written(place, new, position, fresh), count=self.count + real.astype(jnp.int32))
 
     def overwrite(
         self,

@@ -1,8 +1,7 @@
 """The dynamic cache: its layers free what they drop, also where the heads of one differ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class TorchCache(Cache):
                 self.layers[index] = closed(layer, layout, layer.budget if self.overwrites(layer) else 0)
 
     def open(self) -> None:
-        """Make all heads of a layer as wide as the longest."""
+        """Make all heads of each layer as wide as the longest."""
         self.layers = [opened(layer) for layer in self.layers]
 
     @property
@@ -146,7 +145,7 @@ class TorchCache(Cache):
         def pick(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x[index]
 
-        layers = [
+        layers: list[LayerCache | PagedLayer] = [
             replace(
                 layer,
                 streams={key: value[index] for key, value in layer.streams.items()},
@@ -171,10 +170,10 @@ class TorchCache(Cache):
 
     def until(self, seen: np.ndarray) -> "TorchCache":
         result = self.fork()
-        result.open()
         result.row_seen = seen.astype(np.int32)
         end = torch.as_tensor(result.row_seen, device=self.dropped.device)
-        for layer in result.layers:
+        result.layers = list(layers := [opened(layer) for layer in result.layers])
+        for layer in layers:
             gone = layer.positions >= end[:, None, None]
             layer.positions.masked_fill_(gone, EMPTY)
             for value in layer.streams.values():

@@ -1,4 +1,4 @@
-"""One layer of the dynamic cache: tensors that grow in blocks and shrink by gather, and what the policy does with it."""
+"""One layer of the dynamic cache: tensors that grow in blocks and shrink by gather, and what a policy does with it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -169,8 +169,6 @@ class HeldLayer(ABC):
         self.put(positions=view.positions.scatter_(2, slot, left))
         self.used = min(self.used, self.bound)
         return over.any(dim=1)[:, 0], bad.any()
-
-
 
 
 @dataclass

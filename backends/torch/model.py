@@ -16,7 +16,7 @@ from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.layer import LayerCache
-from backends.torch.pages import PagedLayer, closed
+from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
@@ -295,8 +295,10 @@ class TorchModel(Model):
             held.append({"keys": k, "values": v}, positions, start)
         if phase != "pass":
             held.observe(grouped, positions)
-        mix = self._mixed_in_pages if isinstance(held, PagedLayer) else self._mixed
-        mixed, sums = mix(held, grouped, first, positions, cache)
+        if isinstance(held, PagedLayer):
+            mixed, sums = self._mixed_in_pages(held, grouped, positions, cache)
+        else:
+            mixed, sums = self._mixed(held, grouped, first, positions, cache)
         view = held.view(
             policy,
             sums,
@@ -335,10 +337,9 @@ class TorchModel(Model):
         return attention(queries, keys, held.streams["values"], positions, held.positions, layer, first, sums)
 
     def _mixed_in_pages(
-        self, held: PagedLayer, queries: torch.Tensor, first: int, position: torch.Tensor, cache: TorchCache
+        self, held: PagedLayer, queries: torch.Tensor, position: torch.Tensor, cache: TorchCache
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`_mixed` for one token per row and heads of different lengths."""
-        del first  # each head has its own
         layer, (streams, positions, owner) = held.spec, held.paged()
         keys = streams["keys"]
         if layer.rope is not None and cache.policy.repositions:
@@ -419,7 +420,7 @@ class TorchModel(Model):
         cache.dropped = to_torch(held.dropped, torch.int32, self.device)
         cache.steps, cache.pending = held.steps, held.pending
         wide = torch.promote_types(self.kind, torch.float32)
-        for layer, saved in zip(cache.layers, held.layers, strict=True):
+        for layer, saved in zip(map(opened, cache.layers), held.layers, strict=True):
             layer.streams = {
                 key: to_torch(value, self.kind, self.device) for key, value in saved.streams.items()
             }

@@ -53,7 +53,9 @@ class PerLayer(Several):
         return self.policies[layer].most(budget, layer, spec) if layer < len(self.policies) else budget
 
     def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
-        return self.policies[layer].total(budgets, layer, spec) if layer < len(self.policies) else sum(budgets)
+        return (
+            self.policies[layer].total(budgets, layer, spec) if layer < len(self.policies) else sum(budgets)
+        )
 
     def _check(self, layers: int) -> None:
         if layers != len(self.policies):
