@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +17,27 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_code_goes() -> Iterator[None]:
-    """XLA maps about 200 pieces of memory for each function that it compiles, and a process may have 65,530."""
-    yield
+MAPS = Path("/proc/self/maps")
+MANY = 30_000
+TESTS = count(1)
+
+
+def forget() -> None:
+    """Let go of what jax has compiled: a function takes about 200 maps of memory, and a process may have 65,530."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code_goes() -> Iterator[None]:
+    """Between modules, which share little."""
+    yield
+    forget()
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_stays_within_bounds() -> Iterator[None]:
+    """Within a module of many compilations."""
+    yield
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        forget()

@@ -15,12 +15,13 @@ import pytest
 
 import backends.flax.cache
 import backends.torch.attention
-import backends.torch.cache
+import backends.torch.layer
 import backends.torch.model
 import backends.torch.rope
 from backends import backends as known
 from backends.flax.cache import FlaxCache
-from backends.torch.cache import LayerCache, TorchCache
+from backends.torch.cache import TorchCache
+from backends.torch.layer import LayerCache
 from experiments.compare import Trace, free_run, run, same_sets
 from framework import eviction as rule
 from framework.backend import Cache, Model
@@ -204,7 +205,7 @@ def ties_flipped(patch: Patch) -> None:
     def fault(survivors: Any, xp: Any, s: Any, *rest: Any) -> Any:
         return survivors(xp, s * 1000 - xp.arange(s.shape[-1]), *rest)
 
-    wrapped(patch, backends.torch.cache, "survivors", fault)
+    wrapped(patch, backends.torch.layer, "survivors", fault)
 
 
 def ties_flipped_where_overwriting(module: Any) -> Callable[[Patch], None]:
@@ -249,7 +250,7 @@ def window_off_by_one_in_eviction(patch: Patch) -> None:
     def fault(alive: Any, positions: Any, seen: Any, window: int | None) -> Any:
         return alive(positions, seen, window and window - 1)
 
-    wrapped(patch, backends.torch.cache, "alive", fault)
+    wrapped(patch, backends.torch.layer, "alive", fault)
 
 
 def rope_off_by_one(patch: Patch) -> None:
@@ -291,7 +292,7 @@ def padding_counts(patch: Patch) -> None:
 
 
 def protection_ignored(patch: Patch) -> None:
-    wrapped(patch, backends.torch.cache, "judge", lambda judge, *rest: (judge(*rest)[0], None))
+    wrapped(patch, backends.torch.layer, "judge", lambda judge, *rest: (judge(*rest)[0], None))
 
 
 def budget_of_another_layer(patch: Patch) -> None:
@@ -355,7 +356,7 @@ class Mutant:
 
 H2O, WINDOW, ODD = "h2o(budget=6)", "window(budget=6, sinks=2)", "keep_it_odd(budget=6)"
 REPOSITION = "window(budget=7, sinks=2, reposition=True)"
-T, F = backends.torch.cache, backends.flax.cache
+T, F = backends.torch.layer, backends.flax.cache
 
 MUTANTS = {
     "budget off by one": Mutant(budget_off_by_one(T), kept, H2O, "it kept 5 tokens, expected 6"),
@@ -429,4 +430,4 @@ def test_a_fault_stays_in_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     before = rule.survivors
     budget_off_by_one(T)(monkeypatch)
     assert backends.flax.cache.survivors is rule.survivors is before
-    assert backends.torch.cache.survivors is not before
+    assert backends.torch.layer.survivors is not before

@@ -172,7 +172,8 @@ def closed(layer: LayerCache, layout: Pages, least: Int[torch.Tensor, "batch kv_
     layout = enough(layout, room)
     made = PagedLayer(
         layer.spec, layer.limit, layer.budget, {}, layer.positions.flatten()[:0], {},
-        first_places(xp, room, layout), count, layer.heads, layer.queries, layer.query_positions, layout, layer.slots, layer.used,
+        first_places(xp, room, layout), count, layer.heads, layer.queries, layer.query_positions,
+        layout, layer.slots, layer.used,
     )  # fmt: skip
     made.put(layer.streams, layer.positions, layer.memory)
     return made
