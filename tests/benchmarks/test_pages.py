@@ -1,4 +1,4 @@
-"""Attention over heads in pages, beside heads of one length: at equal budgets, and with one head of three times the mean.
+"""Attention over heads in pages, beside heads of one length: at equal budgets, and with one head of three times that.
 
 Interleaved A B A B in one process, medians; the ratio is in `--benchmark-json` and printed. Nothing is asserted.
 """
