@@ -369,7 +369,7 @@ def moved(view: View, xp: Any) -> View:
 
 def moved_block(block: Block | None, xp: Any) -> Block | None:
     """The block in the arrays of another library."""
-    return block and Block(*(xp.asarray(value) for value in vars(block).values()))
+    return block and Block(*(None if x is None else xp.asarray(x) for x in vars(block).values()))
 
 
 # What a policy keeps by the words of the contract, and how two outcomes differ.

@@ -424,7 +424,7 @@ def check_batch(policy: Policy, case: Case) -> Failure | None:
             view, only = step.view, slice(row, row + 1)
             arrays = {key: x[only] for key in ROWS if (x := getattr(view, key)) is not None}
             alone = replace(view, memory={key: x[only] for key, x in view.memory.items()}, **arrays)
-            block = step.block and Block(*(x[only] for x in vars(step.block).values()))
+            block = step.block and Block(*(x if x is None else x[only] for x in vars(step.block).values()))
             try:
                 outcome = decided(static, alone, block)
             except KvtwinError as error:

@@ -329,8 +329,25 @@ class Model(ABC):
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
         statistics: list[np.ndarray] | None = None,
+        gradients: Sequence[Float[np.ndarray, "batch tokens dim"]] | None = None,
     ) -> tuple[Any, Any]:
-        """`step` with everything decided: one call of the backend. `statistics` receives one [batch] per layer."""
+        """`step` with everything decided: one call of the backend. `statistics` receives one [batch] per layer;
+        `gradients` are what the policy's blocks carry in a second pass, one array per layer."""
+
+    @abstractmethod
+    def gradients(
+        self, tokens: Int[np.ndarray, "batch tokens"], cache: Any
+    ) -> list[Float[np.ndarray, "batch tokens dim"]]:
+        """How much each layer's attention matters for the model's output, if these tokens came behind the cache.
+
+        Per layer, the gradient of the sum over the tokens of |h|^2, h being the output of the last layer before the
+        final norm, with respect to the output of the layer's attention (that of its output projection); what the cache
+        holds is fixed. 0 at padding. Float32, or float64 from a float64 model. The cache stays as it is.
+
+        Exact, by one forward and one backward pass. The backward pass runs a layer again from its input, and 256
+        queries again from their keys, so that it holds the inputs of all layers, one layer's activations and keys, and
+        256 x slots weights, never tokens x tokens.
+        """
 
     def read(self, tokens: Int[np.ndarray, "batch tokens"], cache: Cache) -> Cache:
         """Let the policy see these tokens behind the cache, in the phase "pass", and forget them again.
@@ -339,7 +356,8 @@ class Model(ABC):
         """
         tokens, seen = read_tokens(tokens, self.spec, cache.batch), cache.seen
         held = cache.steps, cache.singles, cache.pending
-        _, cache = self.run(tokens, cache, logits=None, phase="pass", evict=False)
+        gradients = self.gradients(tokens, cache) if cache.policy.needs.gradients else None
+        _, cache = self.run(tokens, cache, logits=None, phase="pass", evict=False, gradients=gradients)
         result = cache.until(seen)
         result.steps, result.singles, result.pending = held
         cache.consume()

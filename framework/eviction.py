@@ -360,6 +360,11 @@ def check_policy(policy: Policy, spec: ModelSpec) -> None:
         and policy.needs.ahead > 0,
     }
     asked = policy.needs
+    if asked.gradients and not asked.stream:
+        raise KvtwinError(
+            f"policy {name(policy)} asks for gradients; expected it to ask for the stream as well, "
+            "whose blocks carry them"
+        )
     if policy.merges and not ((asked.keys or asked.queries) and asked.values):
         raise KvtwinError(f"policy {name(policy)} merges; expected its needs to name keys and values")
     for what, so in wrong.items():

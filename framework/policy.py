@@ -28,8 +28,9 @@ class Needs:
 
     `queries`: the number of newest queries kept for `View.attention` (implies `keys`). `sums`: the attention that each
     slot received from the queries of this call, for `note`. `stream`: all tokens of a call are handed to
-    `Policy.stream`. `tokens`: their ids. `output`: the weight that `View.output_norm` multiplies by. `ahead`: how far
-    beyond the tokens seen `View.rotate` is asked to go.
+    `Policy.stream`. `tokens`: their ids. `output`: the weight that `View.output_norm` multiplies by. `gradients`: the
+    blocks of a second pass carry `Block.gradients`. `ahead`: how far beyond the tokens seen `View.rotate` is asked to
+    go.
     """
 
     keys: bool = False
@@ -39,6 +40,7 @@ class Needs:
     stream: bool = False
     tokens: bool = False
     output: bool = False
+    gradients: bool = False
     ahead: int = 0
 
 
@@ -47,11 +49,16 @@ class Block:
     """Some new tokens of a call, with what the layer made of them: un-rotated queries, and its normalised input.
 
     Their keys and values are in the view. Padding is at position -1. How a call is cut into blocks means nothing.
+
+    `gradients`, under `needs.gradients` and in the phase "pass" only (elsewhere None): how much what this layer's
+    attention adds at each token matters for the last layer's output h, as the gradient of the sum over the call of
+    |h|^2, tokens in the cache held fixed.
     """
 
     positions: Int[Array, "batch tokens"]
     queries: Float[Array, "batch kv_heads group tokens head_dim"]
     hidden: Float[Array, "batch tokens dim"]
+    gradients: Array = None  # [batch tokens dim]
 
 
 @dataclass(frozen=True)
@@ -175,14 +182,22 @@ class View:
         return self.rotate(block.queries, where[:, :, None, :]), block.positions
 
     def output_norm(
-        self, values: Float[Array, "batch kv_heads slots head_dim"]
+        self, values: Float[Array, "batch kv_heads slots head_dim"], order: Literal[1, 2] = 1
     ) -> Float[Array, "batch kv_heads group slots"]:
-        """|W_o v|_1 of each slot through each query head of its group: how much it adds to the layer's output."""
+        """|W_o v| of each slot through each query head of its group: how much it adds to the layer's output.
+
+        `order` 1: the sum of absolute values; 2: the Euclidean norm, the cheaper of the two.
+        """
         xp = self.xp
+        # |W_o v|^2 = v' (W_o' W_o) v needs no array as wide as the model.
+        square = xp.matmul(self.output, xp.matrix_transpose(self.output)) if order == 2 else None
 
         def norm(part: Array) -> Array:
-            through = xp.matmul(part[:, :, None, ...], self.output[None, ...])
-            return xp.sum(xp.abs(through), axis=-1)
+            part = part[:, :, None, ...]
+            if square is None:
+                return xp.sum(xp.abs(xp.matmul(part, self.output[None, ...])), axis=-1)
+            length = xp.sum(xp.matmul(part, square[None, ...]) * part, axis=-1)
+            return xp.sqrt(xp.where(length > 0, length, 0.0))
 
         return blocks(xp, norm, values, size=NORMS, axis=2, out=3)
 
@@ -322,7 +337,8 @@ class Policy(ABC):
 
     def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
         """Token lists that are read, one after the other, behind a prompt before it is evicted, and then forgotten:
-        they reach only `stream` and `note`, in the phase "pass"."""
+        they reach only `stream` and `note`, in the phase "pass". Under `needs.gradients` each list is also run backward
+        once."""
         return []
 
     @classmethod

@@ -30,8 +30,10 @@ from framework.eviction import (
     slot_memory,
     streamed,
 )
+from framework.policies.window import Window
 from framework.policy import Block, Policy, View, name
 from framework.random import gumbel
+from framework.reference_gradient import gradients as backward
 from framework.rope import angles
 from framework.snapshot import LayerSnapshot, Snapshot, canonical
 from framework.spec import Layer, ModelSpec, Rope
@@ -259,6 +261,7 @@ class ReferenceModel(Model):
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
         statistics: list[np.ndarray] | None = None,
+        gradients: Sequence[np.ndarray] | None = None,
     ) -> tuple[Any, ReferenceCache]:
         after = cache.admit((tokens >= 0).sum(1))
         for layer in self.spec.layers:
@@ -279,7 +282,8 @@ class ReferenceModel(Model):
         for index in range(result.batch):
             columns = np.flatnonzero(tokens[index] >= 0)
             values: dict[str, np.ndarray] = {}
-            views = self._forward(result, index, tokens[index, columns], phase, values)
+            slopes = None if gradients is None else [each[index, columns] for each in gradients]
+            views = self._forward(result, index, tokens[index, columns], phase, values, slopes)
             if len(columns):
                 every[index, columns] = values["logits"]
             tapped.append(values)
@@ -299,8 +303,32 @@ class ReferenceModel(Model):
             return every[np.arange(len(tokens)), last][:, None], result
         return (every if logits == "all" else None), result
 
+    def gradients(self, tokens: np.ndarray, cache: Any) -> list[np.ndarray]:
+        after = cache.admit((tokens >= 0).sum(1))
+        for layer in self.spec.layers:
+            if layer.rope is not None:
+                angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
+        silent = replace(cache, policy=Window(reposition=cache.policy.repositions)).fork()
+        for head in (head for row in silent.content for heads in row.heads for head in heads):
+            head.memory, head.own = {}, {}
+        found = [np.zeros((*tokens.shape, self.spec.dim)) for _ in self.spec.layers]
+        for index in range(cache.batch):
+            columns = np.flatnonzero(tokens[index] >= 0)
+            if len(columns):
+                taps: dict[str, np.ndarray] = {}
+                self._forward(silent, index, tokens[index, columns], "pass", taps)
+                for one, own in zip(found, backward(self, silent, index, taps), strict=True):
+                    one[index, columns] = own
+        return found
+
     def _forward(
-        self, cache: ReferenceCache, number: int, tokens: np.ndarray, phase: Any, taps: dict[str, np.ndarray]
+        self,
+        cache: ReferenceCache,
+        number: int,
+        tokens: np.ndarray,
+        phase: Any,
+        taps: dict[str, np.ndarray],
+        gradients: list[np.ndarray] | None = None,
     ) -> list[View]:
         """Append and attend the tokens of one row; fills `taps`, returns what the policy sees of each layer."""
         spec, w, row = self.spec, self.weights, cache.content[number]
@@ -323,7 +351,7 @@ class ReferenceModel(Model):
             mixed, sums = self._attention(cache, row, index, positions, ids, q, k, v, phase, taps)
             block = Block(
                 positions[None], q.reshape(1, -1, layer.kv_heads, layer.group, layer.head_dim).transpose(0, 2, 3, 1, 4),
-                h[None],
+                h[None], None if gradients is None else gradients[index][None],
             )  # fmt: skip
             views.append(self._view(cache, number, index, sums, block, phase))
             y = taps[f"{at}.attention.output"] = linear(mixed, f"{at}.attention.output")

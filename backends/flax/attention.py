@@ -40,6 +40,7 @@ def attention(
     cut_queries = jnp.moveaxis(queries.reshape(*queries.shape[:3], blocks, BLOCK, -1), 3, 0)
     cut_positions = jnp.moveaxis(query_positions.reshape(-1, blocks, BLOCK), 1, 0)
 
+    @jax.checkpoint  # the probabilities of a block are made again when its gradient is due
     def one(total: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         mixed, sums = _block(block[0], keys, values, block[1], key_positions, layer, with_sums)
         return (total + sums if with_sums else None), mixed

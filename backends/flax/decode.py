@@ -85,7 +85,7 @@ def _project(
     positions: jax.Array,
     given: Given,
     tap: Callable,
-) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """Queries [batch kv_heads group tokens head_dim], keys and values [batch kv_heads tokens head_dim], rotated; and
     for a policy that reads the stream of tokens, the un-rotated queries and the input of the projections."""
     at, attn, layer, (batch, tokens) = (
@@ -116,7 +116,7 @@ def _project(
 
 def _attend(
     block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, first: Any, positions: jax.Array,
-    source: tuple[jax.Array, jax.Array], given: Given, tap: Callable, **rest: Any,
+    source: tuple[jax.Array, ...], given: Given, tap: Callable, **rest: Any,
 ) -> tuple[jax.Array, Held, View]:  # fmt: skip
     """Attention of appended tokens; returns the layer's output, the layer with its memory noted, and the view."""
     at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
@@ -172,21 +172,31 @@ def _mixed_in_pages(
     return mixed, None if sums is None else held.shown(sums)
 
 
-def _streamed(plan: Plan, view: View, positions: jax.Array, raw: jax.Array, hidden: jax.Array) -> View:
+def _streamed(
+    plan: Plan,
+    view: View,
+    positions: jax.Array,
+    raw: jax.Array,
+    hidden: jax.Array,
+    slope: jax.Array | None = None,
+) -> View:
     """The view after the policy's `stream` of each block of the call."""
     tokens = positions.shape[1]
     raw, hidden = widened(raw), widened(hidden)
     if tokens <= BLOCK:
-        return streamed(plan.policy, view, Block(positions, raw, hidden))
+        return streamed(plan.policy, view, Block(positions, raw, hidden, slope))
     count = -(-tokens // BLOCK)
     more = count * BLOCK - tokens
     positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=EMPTY)
     raw = jnp.pad(raw, ((0, 0),) * 3 + ((0, more), (0, 0)))
-    hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
+    hidden, slope = (x if x is None else jnp.pad(x, ((0, 0), (0, more), (0, 0))) for x in (hidden, slope))
     cut = (
         jnp.moveaxis(positions.reshape(-1, count, BLOCK), 1, 0),
         jnp.moveaxis(raw.reshape(*raw.shape[:3], count, BLOCK, -1), 3, 0),
-        jnp.moveaxis(hidden.reshape(-1, count, BLOCK, hidden.shape[-1]), 1, 0),
+        *(
+            x if x is None else jnp.moveaxis(x.reshape(-1, count, BLOCK, x.shape[-1]), 1, 0)
+            for x in (hidden, slope)
+        ),
     )
 
     def one(memory: Any, part: Any) -> tuple[Any, None]:
@@ -205,6 +215,12 @@ def _rest(
     x = x + (block.ffn_post_norm(y) if plan.spec.post_norms else y)
     tap(f"layers.{index}.output", x)
     return x
+
+
+def _places(state: State, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions [batch tokens] of the next tokens, -1 where they are not real, and what the rows have then seen."""
+    positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
+    return positions, state.seen + jnp.sum(real, axis=1, dtype=jnp.int32)
 
 
 def _embed(decoder: "Decoder", plan: Plan, tokens: jax.Array, tap: Callable) -> jax.Array:
@@ -262,19 +278,19 @@ def advance(
     state: State,
     tokens: Int[Array, "batch tokens"],
     forced: list[Array] | None,
+    slopes: list[Array] | None = None,
     tap: Callable = no_tap,
 ) -> tuple[Any, State, list, list]:
     """One call of many tokens: append, attend, note, then evict where `due`; buffers come out with `slots` slots, or in
     pages.
 
-    `whole`: rows without a token in this call are evicted too. Returns logits, state, and what was asked for: decisions
-    (`record`) and the policy's statistics of each layer (`measure`).
+    `whole`: rows without a token in this call are evicted too. `slopes`: the gradients of a second pass. Returns
+    logits, state, and what was asked for: decisions (`record`) and the policy's statistics of each layer (`measure`).
     """
     decoder = bones.decoder(leaves)
     tokens, given = jnp.asarray(tokens), jax.tree.map(jnp.asarray, given)
     real = tokens >= 0
-    positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
-    seen = state.seen + jnp.sum(real, axis=1, dtype=jnp.int32)
+    positions, seen = _places(state, real)
     active = jnp.ones_like(real[:, 0]) if whole else real.any(axis=1)
     x = _embed(decoder, plan, tokens, tap)
     taken: list[tuple[int, tuple]] = []
@@ -283,6 +299,7 @@ def advance(
     dropped, bad = state.dropped, state.bad
     for index, block in enumerate(decoder.layers):
         q, k, v, source = _project(block, plan, index, x, positions, given, tap)
+        source = source if slopes is None else (*source, jnp.asarray(slopes[index]))
         before = opened(state.layers[index])
         first = before.slots
         held: Held = append(before, {"keys": k, "values": v}, positions, tokens, plan.policy)

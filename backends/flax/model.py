@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from backends.flax.cache import FlaxCache, Given, Held, State, empty_layer, opened
+from backends.flax.cache import FlaxCache, Given, Held, Plan, State, empty_layer, opened
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
+from backends.flax.gradient import gradients
 from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
@@ -21,6 +22,7 @@ from framework.codec import Codec
 from framework.errors import KvtwinError
 from framework.eviction import UNLIMITED
 from framework.pages import Pages
+from framework.policies.window import Window
 from framework.policy import Policy, name
 from framework.rope import check_reach
 from framework.shapes import EMPTY, bucket
@@ -162,12 +164,15 @@ class FlaxModel(Model):
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
         statistics: list[np.ndarray] | None = None,
+        gradients: Sequence[np.ndarray] | None = None,
     ) -> tuple[Any, FlaxCache]:
         after = cache.admit((tokens >= 0).sum(1))
         alone = phase == "decode" and tokens.shape[1] == 1 and not cache.pending and evict
         if alone and forced is None and decisions is None and taps is None:
             return self._single(tokens, cache, after, logits)
-        return self._chunk(tokens, cache, after, logits, phase, evict, forced, decisions, taps, statistics)
+        return self._chunk(
+            tokens, cache, after, logits, phase, evict, forced, decisions, taps, statistics, gradients
+        )
 
     def _single(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any
@@ -194,11 +199,9 @@ class FlaxModel(Model):
 
     def _chunk(
         self, tokens: np.ndarray, cache: FlaxCache, after: np.ndarray, logits: Any, phase: Any, evict: bool,
-        forced: Any, decisions: Any, taps: Any, statistics: Any,
+        forced: Any, decisions: Any, taps: Any, statistics: Any, slopes: Any,
     ) -> tuple[Any, FlaxCache]:  # fmt: skip
-        count = tokens.shape[1]
-        wide_tokens = np.full((len(tokens), bucket(count, 16)), EMPTY, np.int32)
-        wide_tokens[:, :count] = tokens
+        count, wide_tokens = tokens.shape[1], _bucketed(tokens)
         steps, singles = cache.counted(phase, count == 1 and bool((tokens >= 0).all()))
         whole = phase == "prefill" or cache.pending
         due = evict and (whole or steps % cache.policy.interval == 0)
@@ -219,6 +222,7 @@ class FlaxModel(Model):
             self.skeleton, cache.plan, phase, logits, due, whole, slots, layouts, decisions is not None,
             statistics is not None, self.leaves, given, old, wide_tokens,
             None if forced is None else [np.asarray(kept, np.int32) for kept in forced],
+            None if slopes is None else [_bucketed(each, 0) for each in slopes],
         )  # fmt: skip
         with precision(self.dtype):
             if taps is None:
@@ -254,6 +258,20 @@ class FlaxModel(Model):
         if logits is None:
             return None, result
         return to_numpy(out)[:, : count if logits == "all" else 1], result
+
+    def gradients(self, tokens: np.ndarray, cache: Any) -> list[np.ndarray]:
+        after = cache.admit((tokens >= 0).sum(1))
+        # Without the policy, its memory and its budgets: one compilation serves all of them.
+        plan = Plan(self.spec, Window(reposition=cache.policy.repositions), (False,) * len(self.spec.layers))
+        given = replace(self.given(cache, int(after.max())), constants={})
+        layers = [
+            replace(layer, memory={}, heads={}, queries=None, query_positions=None)
+            for layer in cache.state.layers
+        ]
+        with precision(self.dtype):
+            state = replace(cache.state, layers=layers)
+            found = gradients(self.skeleton, plan, self.leaves, given, state, _bucketed(tokens))
+        return [to_numpy(each)[:, : tokens.shape[1]] for each in found]
 
     def _slots(
         self, cache: FlaxCache, index: int, due: bool, whole: bool, tokens: int, pending: bool, count: int
@@ -389,3 +407,9 @@ class FlaxModel(Model):
         cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
         cache.steps, cache.pending = held.steps, held.pending
         return cache.settled()
+
+
+def _bucketed(x: np.ndarray, empty: int = EMPTY) -> np.ndarray:
+    """[batch tokens ...] with more tokens behind, up to a number for which there is a compiled function."""
+    more = bucket(x.shape[1], 16) - x.shape[1]
+    return np.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2), constant_values=empty)

@@ -4,6 +4,7 @@ import array_api_compat.torch as xp
 import torch
 from jaxtyping import Float, Int
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from backends.torch.convert import widened
 from framework.arrays import softmax
@@ -29,9 +30,20 @@ def attention(
     """The mixed values of each query and, if asked, what each slot received (mean over the group, sum over queries).
 
     The new tokens stand at slots `first`, `first + 1`, ...: a block of queries needs no slot beyond its own.
-    A query at position -1 gives 0. Fused unless a soft-cap or the sums need the probabilities.
+    A query at position -1 gives 0. Fused unless a soft-cap, the sums or a gradient need the probabilities.
     """
     batch, kv_heads, group, tokens, head_dim = queries.shape
+    backward = torch.is_grad_enabled() and queries.requires_grad
+    if backward and tokens > BLOCK:  # the probabilities of a block are made again when its gradient is due
+        spans = [slice(start, start + BLOCK) for start in range(0, tokens, BLOCK)]
+        pieces = [
+            checkpoint(
+                attention, queries[..., span, :], keys, values, query_positions[:, span], key_positions,
+                layer, first + span.start, False, use_reentrant=False, preserve_rng_state=False,
+            )
+            for span in spans
+        ]  # fmt: skip
+        return torch.cat([mixed for mixed, _ in pieces], dim=3), None
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
     for start in range(0, tokens, BLOCK):
@@ -43,7 +55,7 @@ def attention(
             query_positions[:, None, start:stop, None], key_positions[:, :, None, :end], layer.window
         )
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, kv_heads, -1, end)
-        if layer.softcap is None and sums is None:
+        if layer.softcap is None and sums is None and not backward:
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
         else:
             logits = widened(q) @ widened(k).transpose(-1, -2) * layer.scale

@@ -15,9 +15,10 @@ from backends.torch.attention import attention, paged_attention
 from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
+from backends.torch.gradient import gradients
 from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
-from backends.torch.rope import Tables
+from backends.torch.rope import Tables, next_positions
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
@@ -175,6 +176,7 @@ class TorchModel(Model):
         decisions: list[Decision] | None = None,
         taps: dict[str, np.ndarray] | None = None,
         statistics: list[np.ndarray] | None = None,
+        gradients: Sequence[np.ndarray] | None = None,
     ) -> tuple[Any, TorchCache]:
         def listen(key: str, value: torch.Tensor) -> None:
             assert taps is not None
@@ -182,7 +184,7 @@ class TorchModel(Model):
 
         out, cache = self.advance(
             to_torch(tokens, device=self.device), tokens, cache, logits, phase, evict, forced, decisions,
-            no_tap if taps is None else listen, statistics,
+            no_tap if taps is None else listen, statistics, gradients,
         )  # fmt: skip
         return None if out is None else to_numpy(widened(out)), cache
 
@@ -198,6 +200,7 @@ class TorchModel(Model):
         decisions: list[Decision] | None = None,
         tap: Tap = no_tap,
         statistics: list[np.ndarray] | None = None,
+        gradients: Sequence[np.ndarray] | None = None,
     ) -> tuple[Any, TorchCache]:
         """`run` on tensors; `host` is the same tokens in NumPy."""
         spec, policy = self.spec, cache.policy
@@ -210,9 +213,7 @@ class TorchModel(Model):
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
         real = tokens >= 0
         before, seen = (to_torch(x, device=self.device) for x in (cache.row_seen, after))
-        positions = torch.where(real, before[:, None] + real.cumsum(1).to(torch.int32) - 1, EMPTY).to(
-            torch.int32
-        )
+        positions = next_positions(real, before)
         cache.row_seen = after
         cache.steps, cache.singles = cache.counted(phase, host.shape[1] == 1 and bool((host >= 0).all()))
         whole = phase == "prefill" or cache.pending
@@ -228,18 +229,15 @@ class TorchModel(Model):
         active = torch.ones_like(real[:, 0]) if whole else real.any(1)
         bad: dict[int, torch.Tensor] = {}
         for index, block in enumerate(self.decoder.layers):
-            y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap)
+            slope = None if gradients is None else to_torch(gradients[index], device=self.device)
+            y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap, slope)
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
             if due and cache.layers[index].limit is not None:
                 choice = None if forced is None else to_torch(forced[len(bad)], device=self.device)
                 bad[index] = self._evict(cache, index, view, active, single, choice, decisions)
             del view  # and with it the layer's tokens that were evicted
-            x = x + (block.attention_post_norm(y) if spec.post_norms else y)
-            y = block.ffn(block.ffn_norm(x))
-            tap(f"layers.{index}.ffn", y)
-            x = x + (block.ffn_post_norm(y) if spec.post_norms else y)
-            tap(f"layers.{index}.output", x)
+            x = self._rest(block, index, x, y, tap)
         cache.settle()
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]
@@ -257,7 +255,8 @@ class TorchModel(Model):
         cache: TorchCache,
         single: bool,
         phase: Phase,
-        tap: Tap,
+        tap: Tap = no_tap,
+        gradients: Float[torch.Tensor, "batch tokens dim"] | None = None,
     ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View]:
         """Append the tokens to one layer and attend; returns the layer's attention output and the policy's view."""
         at, attn, layer, held = (
@@ -313,7 +312,8 @@ class TorchModel(Model):
         if view.memory:
             for begin in range(0, tokens, BLOCK) if policy.needs.stream else ():
                 span = slice(begin, begin + BLOCK)
-                part = Block(positions[:, span], widened(raw[:, :, :, span]), widened(h[:, span]))
+                slope = None if gradients is None else gradients[:, span]
+                part = Block(positions[:, span], widened(raw[:, :, :, span]), widened(h[:, span]), slope)
                 view = streamed(policy, view, part)
             held.remember(noted(policy, view).memory, (positions >= 0).any(1))
             view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
@@ -350,6 +350,17 @@ class TorchModel(Model):
             queries, keys, streams["values"], position, positions, owner, layer, cache.policy.needs.sums
         )
         return mixed, None if sums is None else held.shown(sums)
+
+    def _rest(
+        self, block: DecoderLayer, index: int, x: torch.Tensor, y: torch.Tensor, tap: Tap = no_tap
+    ) -> Float[torch.Tensor, "batch tokens dim"]:
+        """The layer after attention: residual, feed-forward, residual."""
+        x = x + (block.attention_post_norm(y) if self.spec.post_norms else y)
+        y = block.ffn(block.ffn_norm(x))
+        tap(f"layers.{index}.ffn", y)
+        x = x + (block.ffn_post_norm(y) if self.spec.post_norms else y)
+        tap(f"layers.{index}.output", x)
+        return x
 
     def _output(
         self, block: DecoderLayer, layer: Layer
@@ -400,6 +411,9 @@ class TorchModel(Model):
             out = torch.tanh(out / self.spec.logit_softcap) * self.spec.logit_softcap
         tap("logits", out)
         return torch.where(real[..., None], out, 0)
+
+    def gradients(self, tokens: np.ndarray, cache: Any) -> list[np.ndarray]:
+        return gradients(self, tokens, cache)
 
     def decode(
         self,

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from backends.torch.convert import to_torch, widened
 from framework.rope import angles, reach
+from framework.shapes import EMPTY
 from framework.spec import Rope
 
 
@@ -49,3 +50,10 @@ class Tables:
         wide = widened(x)
         a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+
+
+def next_positions(
+    real: Bool[torch.Tensor, "batch tokens"], seen: Int[torch.Tensor, "batch"]
+) -> Int[torch.Tensor, "batch tokens"]:
+    """Positions of the next tokens of rows that have seen so many; -1 for those that are not real."""
+    return torch.where(real, seen[:, None] + real.cumsum(1).to(torch.int32) - 1, EMPTY).to(torch.int32)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from framework.arrays import Array
 from framework.errors import KvtwinError
-from framework.policy import Block, Needs, Policy, View
+from framework.policy import Block, Needs, Policy, View, name
 
 WHOLE = "\n\nRepeat the previous context exactly."
 PART = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -39,8 +39,9 @@ class KVzip(Policy):
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.sinks < 0:
+            kind = name(self).partition("(")[0]
             raise KvtwinError(
-                f"kvzip has chunk={self.chunk}, sinks={self.sinks}; expected chunk >= 1 and sinks >= 0"
+                f"{kind} has chunk={self.chunk}, sinks={self.sinks}; expected chunk >= 1 and sinks >= 0"
             )
 
     def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
