@@ -43,8 +43,8 @@ test-slow: .venv/test.stamp
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu"
 
 bench: .venv/test.stamp
-	# Without the type checker, which tests run under and which would be measured with the rest.
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -o addopts=--import-mode=importlib
+	# Optimised, and without the type checker, which would be measured with the rest.
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/benchmarks --benchmark-only -o addopts=--import-mode=importlib
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -60,17 +60,30 @@ def _block(
     layer: Layer,
     with_sums: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    total = wide(keys.dtype)
-    logits = jnp.einsum("bhgtd,bhsd->bhgts", queries, keys, preferred_element_type=total) * layer.scale
+    batch, heads, group, tokens, head_dim = queries.shape
+    slots, total = keys.shape[2], wide(keys.dtype)
+    # Products over three axes: XLA has no fast one over five on CPUs (1.6 times slower at decode, 1.3 in a prompt).
+    flat = (batch * heads, group * tokens)
+    logits = jnp.einsum(
+        "lqd,lsd->lqs",
+        queries.reshape(*flat, head_dim),
+        keys.reshape(flat[0], slots, head_dim),
+        preferred_element_type=total,
+    )
+    logits = logits * layer.scale
     if layer.softcap is not None:
         logits = jnp.tanh(logits / layer.softcap) * layer.softcap
     mask = attends(query_positions[:, None, :, None], key_positions[:, :, None, :], layer.window)
-    weights = softmax(jnp, logits, mask[:, :, None])
+    mask = jnp.broadcast_to(mask[:, :, None], (batch, heads, group, tokens, slots)).reshape(*flat, slots)
+    weights = softmax(jnp, logits, mask)
     mixed = jnp.einsum(
-        "bhgts,bhsd->bhgtd", weights.astype(values.dtype), values, preferred_element_type=total
+        "lqs,lsd->lqd",
+        weights.astype(values.dtype),
+        values.reshape(flat[0], slots, -1),
+        preferred_element_type=total,
     )
-    sums = weights.sum((2, 3)) / layer.group if with_sums else None
-    return mixed.astype(values.dtype), sums
+    sums = weights.reshape(batch, heads, -1, slots).sum(2) / group if with_sums else None
+    return mixed.astype(values.dtype).reshape(batch, heads, group, tokens, -1), sums
 
 
 def paged_attention(
@@ -96,17 +109,18 @@ def paged_attention(
     mask = attends(query_position[owner // heads], key_positions, layer.window)[:, None]
     logits = jnp.where(mask, logits, -jnp.inf)
 
-    def summed(x: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(x, owner, lanes, indices_are_sorted=True)
-
-    top = jax.ops.segment_max(logits.max(axis=-1), owner, lanes, indices_are_sorted=True)
+    # Few heads, each of many pages: a product with a table of who owns what is faster than a scatter.
+    mine = owner == jnp.arange(lanes)[:, None]
+    top = jnp.max(jnp.where(mine[..., None], logits.max(axis=-1), -jnp.inf), axis=1)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     e = jnp.exp(logits - top[owner][..., None])
+
+    def summed(x: Float[jax.Array, "pages group *rest"]) -> Float[jax.Array, "lanes group *rest"]:
+        return (mine.astype(x.dtype) @ x.reshape(x.shape[0], -1)).reshape(lanes, *x.shape[1:])
+
     whole = summed(e.sum(axis=-1))
     whole = jnp.where(whole == 0, 1.0, whole)
-    weights = e / whole[owner][..., None]
-    mixed = summed(
-        jnp.einsum("pgs,psd->pgd", weights.astype(values.dtype), values, preferred_element_type=total)
-    )
-    sums = weights.mean(axis=1).reshape(-1) if with_sums else None
+    mixed = jnp.einsum("pgs,psd->pgd", e.astype(values.dtype), values, preferred_element_type=total)
+    mixed = summed(mixed) / whole[..., None]
+    sums = (e / whole[owner][..., None]).mean(axis=1).reshape(-1) if with_sums else None
     return mixed.astype(values.dtype).reshape(batch, heads, group, 1, -1), sums

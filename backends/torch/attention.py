@@ -85,19 +85,19 @@ def paged_attention(
     """
     batch, heads, group, _, head_dim = queries.shape
     lanes, owner = batch * heads, owner.to(torch.int64)
-    own = queries.reshape(lanes, group, head_dim)[owner]
-    logits = widened(own) @ widened(keys).transpose(-1, -2) * layer.scale
+    own = (widened(queries) * layer.scale).reshape(lanes, group, head_dim)[owner]
+    logits = own @ widened(keys).transpose(-1, -2)
     if layer.softcap is not None:
         logits = torch.tanh(logits / layer.softcap) * layer.softcap
     mask = attends(query_position[owner // heads], key_positions, layer.window)[:, None]
-    logits = logits.masked_fill(~mask, -torch.inf)
+    logits.masked_fill_(~mask, -torch.inf)
     most = logits.amax(-1)
     index = owner[:, None].expand(most.shape)
     top = most.new_full((lanes, group), -torch.inf).scatter_reduce_(0, index, most, "amax")
-    e = torch.exp(logits - top.masked_fill(top == -torch.inf, 0.0)[owner][..., None])
+    e = logits.sub_(top.masked_fill_(top == -torch.inf, 0.0)[owner][..., None]).exp_()
     whole = e.new_zeros(lanes, group).index_add_(0, owner, e.sum(-1))
-    weights = e / whole.masked_fill(whole == 0, 1.0)[owner][..., None]
-    part = weights @ widened(values)
-    mixed = part.new_zeros(lanes, group, part.shape[-1]).index_add_(0, owner, part)
-    sums = weights.mean(1).flatten() if with_sums else None
+    whole = whole.masked_fill_(whole == 0, 1.0)
+    part = e @ widened(values)
+    mixed = part.new_zeros(lanes, group, part.shape[-1]).index_add_(0, owner, part) / whole[..., None]
+    sums = (e / whole[owner][..., None]).mean(1).flatten() if with_sums else None
     return mixed.to(queries.dtype).view(batch, heads, group, 1, -1), sums
