@@ -63,7 +63,10 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a policy decided about one view, as NumPy. `merged`: keys and values that stay, where it merges."""
+    """What a policy decided about one view, as NumPy.
+
+    `memory`: after `note`. Where it merges, `merged`: keys and values that stay; `heads`: the memory that this changed.
+    """
 
     positions: np.ndarray
     scores: np.ndarray
@@ -73,6 +76,7 @@ class Outcome:
     budget: np.ndarray
     memory: dict[str, np.ndarray]
     merged: tuple[np.ndarray, ...]
+    heads: dict[str, np.ndarray]
     single: bool  # scores came in less than float64
 
     @property
@@ -256,6 +260,7 @@ class Case:
                     _put(memory[key], positions, value)
                 else:
                     memory[key] = value
+            memory |= outcome.heads
             kept, before, seen = outcome.kept, seen, seen + 1
 
     def every(self, policy: Policy) -> Iterator[Step]:
@@ -321,6 +326,7 @@ def decide(policy: Policy, view: View, block: Block | None) -> dict[str, Any]:
     marked = xp.zeros_like(view.filled) if protected is None else protected & view.filled
     living = alive(view.positions, view.seen, view.window)
     index = survivors(xp, scores, protected, living, budget, view.positions.shape[-1])
+    *pair, heads = merged(policy, view, index) if policy.merges else ({},)
     return {
         "scores": scores,
         "protected": marked,
@@ -328,7 +334,8 @@ def decide(policy: Policy, view: View, block: Block | None) -> dict[str, Any]:
         "kept": keep(xp, view.positions, index, EMPTY),
         "budget": budget,
         "memory": dict(view.memory),
-        "merged": merged(policy, view, index) if policy.merges else (),
+        "merged": tuple(pair),
+        "heads": heads,
     }
 
 
@@ -341,12 +348,16 @@ def remembered(policy: Policy, view: View, block: Block | None) -> View:
 
 def outcome_of(positions: Any, values: dict[str, Any]) -> Outcome:
     """What `decide` gave, as NumPy."""
-    memory = {key: to_numpy(value) for key, value in values["memory"].items()}
+    maps: dict[str, Any] = {
+        what: {key: to_numpy(value) for key, value in values[what].items()} for what in ("memory", "heads")
+    }
     blended = tuple(to_numpy(value) for value in values["merged"])
-    arrays = {key: to_numpy(value) for key, value in values.items() if key not in ("memory", "merged")}
+    arrays: dict[str, Any] = {
+        key: to_numpy(value) for key, value in values.items() if key not in (*maps, "merged")
+    }
     single = arrays["scores"].dtype in (np.float32, np.float16)
     arrays["scores"] = arrays["scores"].astype(np.float64)
-    return Outcome(positions=to_numpy(positions), memory=memory, merged=blended, single=single, **arrays)
+    return Outcome(positions=to_numpy(positions), merged=blended, single=single, **maps, **arrays)
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -466,11 +477,12 @@ def _other_numbers(
         for key, value in ours.memory.items()
         if value.shape[2:] != ours.positions.shape[2:]
     }
+    pairs |= {f"{key!r} after merging": (value, theirs.heads[key]) for key, value in ours.heads.items()}
     pairs |= dict(
         zip(("merged keys", "merged values"), zip(ours.merged, theirs.merged, strict=True), strict=False)
     )
     for key, (one, other) in pairs.items():
-        if "merged" in key:
+        if key.startswith("merged "):
             slots = min(one.shape[2], other.shape[2])
             one, other = one[:, :, :slots], other[:, :, :slots]
         room = tolerance * float(np.abs(one).max(initial=0))

@@ -342,7 +342,8 @@ def check_slot_order(policy: Policy, case: Case) -> Failure | None:
         except KvtwinError as error:
             return broken(policy, error, "NumPy")
         # What merges lies in position order, which these slots do not.
-        found = difference(replace(step.outcome, merged=()), replace(outcome, merged=()), step.budget)
+        bare, other = (replace(one, merged=(), heads={}) for one in (step.outcome, outcome))
+        found = difference(bare, other, step.budget)
         what = (
             "slots in another order, which order_free promises not to matter"
             if policy.order_free
@@ -432,8 +433,9 @@ def check_batch(policy: Policy, case: Case) -> Failure | None:
             fields = ("positions", "scores", "protected", "living", "kept", "budget")
             cut: dict[str, Any] = {key: getattr(step.outcome, key)[only] for key in fields}
             cut["merged"] = tuple(x[only] for x in step.outcome.merged)
-            memory = {key: x[only] for key, x in step.outcome.memory.items()}
-            found = difference(replace(step.outcome, memory=memory, **cut), outcome, step.budget)
+            for what in ("memory", "heads"):
+                cut[what] = {key: x[only] for key, x in getattr(step.outcome, what).items()}
+            found = difference(replace(step.outcome, **cut), outcome, step.budget)
             if found:
                 found[1]["row"] = row
             if failure := failure_at(step, found, "a row depends on the rest of its batch", library="NumPy"):

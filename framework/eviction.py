@@ -122,12 +122,7 @@ def _with_memory(policy: Policy, view: View, memory: Any, hook: str) -> View:
             f"policy {name(policy)}: {hook} returned {shapes or type(memory).__name__}; "
             f"expected {expected}: the arrays that `memory` and `head_memory` name, made with view.xp"
         )
-    kept = {
-        key: value if value.dtype == old.dtype else view.xp.astype(value, old.dtype)
-        for key, old in view.memory.items()
-        for value in (memory[key],)
-    }
-    return replace(view, memory=kept)
+    return replace(view, memory={key: _like(view, memory[key], key) for key in view.memory})
 
 
 def judge(policy: Policy, view: View) -> tuple[Array, Array | None]:
@@ -211,24 +206,49 @@ def allocated(
 
 def merged(
     policy: Policy, view: View, index: Array, active: Bool[Array, "batch"] | None = None
-) -> tuple[Array, Array]:
-    """Keys and values of the kept slots with the evicted ones blended in; 0 where the index is -1.
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Keys and values of the kept slots with the evicted ones blended in, 0 where the index is -1; and the arrays of
+    head memory that this changed.
 
     Those of a row that is not active stay as they are.
     """
     xp = view.xp
-    pair = _call(policy, view, lambda seen: policy.merge(seen, index), "merge")
+    given = _call(policy, view, lambda seen: policy.merge(seen, index), "merge")
     shape = (*index.shape, view.keys.shape[-1])
-    shapes = [_shape(view, one) for one in pair] if isinstance(pair, tuple) else [type(pair).__name__]
-    if shapes != [shape, shape]:
+    heads = {key: tuple(old.shape) for key, old in view.memory.items() if key not in policy.memory}
+    came = [
+        {key: _shape(view, value) for key, value in one.items()}
+        if isinstance(one, Mapping)
+        else _shape(view, one)
+        for one in (given if isinstance(given, tuple) else (given,))
+    ]
+    memory = came[2] if len(came) == 3 else None
+    if came[:2] != [shape, shape] or not isinstance(memory, dict) or not memory.items() <= heads.items():
         raise KvtwinError(
-            f"policy {name(policy)}: merge returned {shapes}; expected keys and values of shape {shape}"
+            f"policy {name(policy)}: merge returned {came}; expected keys and values of shape {shape}, and a dict "
+            f"with what changes of its head memory {heads}"
         )
-    if active is not None:
-        old = (take_slots(xp, x, index) for x in (view.keys, view.values))
-        pair = tuple(xp.where(active[:, None, None, None], *both) for both in zip(pair, old, strict=True))
+
+    def where_active(new: Array, old: Array) -> Array:
+        if active is None:
+            return new
+        return xp.where(xp.reshape(active, (-1,) + (1,) * (old.ndim - 1)), new, old)
+
     hole = (index < 0)[..., None]
-    return xp.where(hole, 0.0, pair[0]), xp.where(hole, 0.0, pair[1])
+    keys, values = (
+        xp.where(hole, 0.0, where_active(new, take_slots(xp, old, index)))
+        for new, old in zip(given[:2], (view.keys, view.values), strict=True)
+    )
+    changed = {
+        key: where_active(_like(view, value, key), view.memory[key]) for key, value in given[2].items()
+    }
+    return keys, values, changed
+
+
+def _like(view: View, value: Array, key: str) -> Array:
+    """A new array of memory in the precision that memory has."""
+    dtype = view.memory[key].dtype
+    return value if value.dtype == dtype else view.xp.astype(value, dtype)
 
 
 def repositioned(view: View) -> View:

@@ -329,10 +329,9 @@ class Policy(ABC):
         """Tokens per head of each layer and row, under `allocates`; NumPy in and out."""
         return budgets
 
-    def merge(
-        self, view: View, index: Int[Array, "batch kv_heads kept"]
-    ) -> tuple[Float[Array, "batch kv_heads kept head_dim"], Float[Array, "batch kv_heads kept head_dim"]]:
-        """Keys and values of the slots that `index` keeps (-1: none), with the others blended in, under `merges`."""
+    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> "Merged":
+        """Keys and values of the slots that `index` keeps (-1: none), with the others blended in, under `merges`; and
+        the arrays of `head_memory` that this changes, by name."""
         raise NotImplementedError
 
     def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
@@ -346,6 +345,12 @@ class Policy(ABC):
         """Small instances that every contract and equivalence test runs by itself."""
         return [cls(budget=9)]
 
+
+Merged = tuple[
+    Float[Array, "batch kv_heads kept head_dim"],
+    Float[Array, "batch kv_heads kept head_dim"],
+    Mapping[str, Float[Array, "batch kv_heads *rest"]],
+]
 
 policies = Registry(kind="policy", package="framework.policies", base=Policy)
 

@@ -600,9 +600,10 @@ def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
 
 
 def _merge(policy: Policy, view: View, heads: list[Head], chosen: list[np.ndarray]) -> None:
-    """Write what the policy makes of the kept slots' keys and values where they stand."""
-    keys, values = merged(policy, view, _stack([chosen], -1))
+    """Write what the policy makes of the kept slots' keys and values where they stand, and of its head memory."""
+    keys, values, memory = merged(policy, view, _stack([chosen], -1))
     for which, (head, slots) in enumerate(zip(heads, chosen, strict=True)):
+        head.own |= {key: np.asarray(value[0, which]) for key, value in memory.items()}
         head.streams["keys"][slots] = keys[0, which, : len(slots)]
         head.streams["values"][slots] = values[0, which, : len(slots)]
 

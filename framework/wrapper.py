@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from framework.arrays import Array, take_slots
 from framework.errors import KvtwinError
-from framework.policy import Block, Needs, Policy, View, name
+from framework.policy import Block, Merged, Needs, Policy, View, name
 from framework.spec import Layer, ModelSpec
 
 OUTER = ("budget", "fraction", "interval")  # fields that only the outermost policy sets
@@ -208,7 +208,7 @@ class Wrapper(Policy):
     ) -> Int[np.ndarray, "layers batch"]:
         return self.policy.allocate(statistics, budgets, seen)
 
-    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> tuple[Any, Any]:
+    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> Merged:
         return self.policy.merge(self.inside(view), index)
 
     def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
@@ -337,11 +337,12 @@ class Several(Policy):
     def total(self, budgets: Sequence[int], layer: int, spec: ModelSpec) -> int:
         return max(each.total(budgets, layer, spec) for each in self.members.values())
 
-    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> tuple[Any, Any]:
+    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> Merged:
         policy, own = self._decides(view)
         if policy.merges:
-            return policy.merge(own, index)
-        return take_slots(view.xp, view.keys, index), take_slots(view.xp, view.values, index)
+            keys, values, memory = policy.merge(own, index)
+            return keys, values, named({self.turn(view): memory})
+        return take_slots(view.xp, view.keys, index), take_slots(view.xp, view.values, index), {}
 
 
 def named(maps: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

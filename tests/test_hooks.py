@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from framework.compare import TOLERANCE, drift
 from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.generate import prefill
+from framework.policies.prefill_decode import PrefillDecode
 from framework.policy import BLOCK, Block, Needs, Policy, View
 from framework.spec import Layer, ModelSpec
+from framework.wrapper import Wrapper
 from tests.twins import WINDOW, column, hybrid, hybrid_weights, prompts, snapshot_drift, texts
 
 BACKENDS = ("reference", "torch", "flax")
@@ -667,7 +670,10 @@ def test_the_same_where_it_is_compiled(gives: str, words: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Merging(Policy):
-    """The oldest token that stays takes in the values of all that go; the keys of all that stay grow a little."""
+    """The oldest token that stays takes in the values of all that go; the keys of all that stay grow a little.
+
+    Each head remembers how many went, of earlier ones half.
+    """
 
     @property
     def merges(self) -> bool:
@@ -681,10 +687,16 @@ class Merging(Policy):
     def needs(self) -> Needs:
         return Needs(keys=True, values=True)
 
+    def head_memory(self, layer: Layer) -> Mapping[str, tuple[int, ...]]:
+        return {"gone": (2,), "calls": ()}
+
+    def note(self, view: View) -> Mapping[str, Any]:
+        return {**view.memory, "calls": view.memory["calls"] + 1.0}
+
     def score(self, view: View) -> Any:
         return view.positions * 7 % 11
 
-    def merge(self, view: View, index: Any) -> tuple[Any, Any]:
+    def merge(self, view: View, index: Any) -> tuple[Any, Any, Any]:
         xp = view.xp
         slots = xp.arange(view.positions.shape[-1], dtype=index.dtype, device=device(index))
         stays = xp.any(index[..., None] == slots, axis=2)
@@ -692,7 +704,10 @@ class Merging(Policy):
         total = xp.sum(xp.where(gone[..., None], view.values, 0.0), axis=2, keepdims=True)
         first = xp.arange(index.shape[-1], dtype=index.dtype, device=device(index)) == 0
         keys, values = (take_slots(xp, x, index) for x in (view.keys, view.values))
-        return keys * 1.0625, xp.where(first[:, None], values + total, values)
+        count = xp.sum(xp.astype(gone, values.dtype), axis=2)
+        count = xp.stack([count, view.memory["calls"]], axis=-1)
+        went = 0.5 * view.memory["gone"] + count
+        return keys * 1.0625, xp.where(first[:, None], values + total, values), {"gone": went}
 
 
 def evicting(backend: str, cache: Cache, step: int) -> tuple[Any, Cache, Any]:
@@ -709,13 +724,20 @@ def test_the_reference_merges_what_goes() -> None:
     _, held_back = model.step(prompts(LENGTHS), cache.fork(), evict=False)
     layers = held_back.snapshot().layers
     _, cache = model.step(prompts(LENGTHS), cache)
+    went: dict[Any, Any] = {}
     for step in range(4):
-        for old, new in zip(layers, cache.snapshot().layers, strict=True):
+        for layer, (old, new) in enumerate(zip(layers, cache.snapshot().layers, strict=True)):
             for row, head in np.ndindex(3, KV_HEADS):
+                place = layer, row, head
                 was, now = held(old.positions[row, head]), held(new.positions[row, head])
                 keys, values = (old.streams[key][row, head] for key in ("keys", "values"))
                 going = sum((values[slot] for slot, at in enumerate(was) if at not in now), np.zeros(8))
                 assert len(was) > len(now)
+                went[place] = [
+                    one / 2 + two
+                    for one, two in zip(went.get(place, (0, 0)), (len(was) - len(now), step + 1), strict=True)
+                ]
+                assert new.heads["gone"][row, head].tolist() == went[place]
                 for slot, position in enumerate(now):
                     source = was.index(position)
                     assert drift(new.streams["keys"][row, head, slot], keys[source] * 1.0625) <= EXACT
@@ -740,6 +762,8 @@ def test_merging_is_that_of_the_reference(backend: str, interval: int) -> None:
     for one, other in zip(found.rows([1]).snapshot().layers, before.snapshot().layers, strict=True):
         for key in other.streams:
             assert one.streams[key].tobytes() == other.streams[key].tobytes()
+        for key in other.heads:
+            assert one.heads[key].tobytes() == other.heads[key].tobytes()
     assert_same(found, expected)
     if interval == 1:
         return
@@ -776,16 +800,70 @@ class Mismerging(Merging):
 
     gives: str = "one"
 
+    @property
+    def memory(self) -> Mapping[str, float]:
+        return {"mass": 0.0}
+
     def merge(self, view: View, index: Any) -> Any:
-        keys, values = super().merge(view, index)
-        return {"one": keys, "slots": (view.keys, view.values), "neither": 7}[self.gives]
+        keys, values, memory = super().merge(view, index)
+        return {
+            "one": keys,
+            "pair": (keys, values),
+            "slots": (view.keys, view.values, memory),
+            "neither": 7,
+            "list": (keys, values, [memory["gone"]]),
+            "other": (keys, values, {"went": memory["gone"]}),
+            "shape": (keys, values, {"gone": memory["gone"][..., 0]}),
+            "per slot": (keys, values, {"mass": view.memory["mass"]}),
+            "number": (keys, values, {"gone": 7}),
+        }[self.gives]
 
 
-@pytest.mark.parametrize("gives", ["one", "slots", "neither"])
+WRONG = ["one", "pair", "slots", "neither", "list", "other", "shape", "per slot", "number"]
+
+
+@pytest.mark.parametrize("gives", WRONG)
 def test_merges_of_another_kind_are_refused(gives: str) -> None:
+    words = r"merge returned .*expected keys and values of shape .* head memory \{'gone': \(\d, 2, 2\)"
     for backend in ("reference", "torch"):
-        with pytest.raises(KvtwinError, match="merge returned .*expected keys and values of shape"):
+        with pytest.raises(KvtwinError, match=words):
             begun(backend, Mismerging(budget=5, gives=gives))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(Wrapper):
+    """Remembers, beside what is inside, whether it did; the memory of those inside goes on."""
+
+    own = ("outer",)
+
+    def head_memory(self, layer: Layer) -> Mapping[str, tuple[int, ...]]:
+        return {**self.policy.head_memory(layer), "outer": ()}
+
+    def merge(self, view: View, index: Any) -> Any:
+        keys, values, memory = super().merge(view, index)
+        return keys, values, {**memory, "outer": view.memory["outer"] + 1.0}
+
+
+@flax_later
+def test_what_merging_remembers_is_passed_on_and_carried(backend: str, tmp_path: Path) -> None:
+    """Through a wrapper and policies side by side; forked, saved and restored; a row alone is what it is in a batch."""
+    turns = PrefillDecode(prefill=Merging(), decode=Merger(policy=Merging()), budget=5)
+    plain = begun(backend, Merging(budget=5), 3)
+    cache = begun(backend, turns, 3)
+    for one, other in zip(cache.snapshot().layers, plain.snapshot().layers, strict=True):
+        assert drift(one.streams["values"], other.streams["values"]) <= EXACT
+        first, then = one.heads["prefill_gone"], one.heads["decode_gone"]
+        assert (one.heads["decode_outer"] == 3).all()
+        assert first[..., 1].tolist() == [[1.0] * KV_HEADS] * 3
+        assert (then[..., 1] == 4 + 3 / 2 + 2 / 4).all()
+        assert np.array_equal(other.heads["gone"], first / 8 + then)
+    path = tmp_path / "cache"
+    cache.save(path)
+    forked, restored = cache.fork(), hybrid(backend).restore(path)
+    assert_same(restored, forked)
+    forked, restored = fed(backend, forked, [3, 4]), fed(backend, restored, [3, 4])
+    assert_same(restored, forked)
+    assert_same(cache, begun(backend, turns, 3))
 
 
 # Second passes.

@@ -317,8 +317,10 @@ def compacted(
     source = jnp.where(index < 0, index, take_slots(jnp, order, index))
     result = layer.gathered(source)
     if policy.merges:
-        pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
-        result = result.put({key: value.astype(layer.streams[key].dtype) for key, value in pair})
+        *pair, heads = merged(policy, seen, index, active)
+        named = zip(("keys", "values"), pair, strict=True)
+        streams = {key: value.astype(layer.streams[key].dtype) for key, value in named}
+        result = result.put(streams, heads=result.heads | heads)
     wrong = nan(scores, filled)
     return result, lost, wrong | result.overflows if isinstance(result, PagedState) else wrong, decision
 

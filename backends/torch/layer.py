@@ -150,8 +150,10 @@ class HeldLayer(ABC):
         source = torch.where(index < 0, index, source.to(index.dtype))
         self.gather(source, room, whole)
         if policy.merges:
-            pair = zip(("keys", "values"), merged(policy, seen, index, active), strict=True)
-            self.put({key: value.to(self.streams[key].dtype) for key, value in pair})
+            *pair, heads = merged(policy, seen, index, active)
+            named = zip(("keys", "values"), pair, strict=True)
+            self.put({key: value.to(self.streams[key].dtype) for key, value in named})
+            self.heads = self.heads | heads
         return lost.any(dim=1), decision, bad.any()
 
     def evict_one(

@@ -20,7 +20,7 @@ from framework.eviction import alive
 from framework.policies.h2o import H2O
 from framework.policies.merge import is_kept, numbers, poured
 from framework.policies.snapkv import SnapKV
-from framework.policy import BLOCK, Needs, Policy, View
+from framework.policy import BLOCK, Merged, Needs, Policy, View
 from framework.random import hash32
 from framework.wrapper import Memory, Wrapper, both
 
@@ -34,7 +34,7 @@ class Cam(Wrapper):
 
     order_free = False
     merges = True
-    own = ("received",)
+    own = ("cam_received",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,20 +47,18 @@ class Cam(Wrapper):
 
     @property
     def memory(self) -> Mapping[str, float]:
-        return {**self.policy.memory, "received": 0.0}
+        return {**self.policy.memory, "cam_received": 0.0}
 
     def note(self, view: View) -> Memory:
-        return {**super().note(view), "received": view.memory["received"] + view.sums}
+        return {**super().note(view), "cam_received": view.memory["cam_received"] + view.sums}
 
-    def merge(
-        self, view: View, index: Int[Array, "batch kv_heads kept"]
-    ) -> tuple[Float[Array, "batch kv_heads kept head_dim"], Float[Array, "batch kv_heads kept head_dim"]]:
+    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> Merged:
         xp = view.xp
         keys, values = keep(xp, view.keys, index, 0.0), keep(xp, view.values, index, 0.0)
         if view.phase != "decode":
-            return keys, values
+            return keys, values, {}
         first, last, mean = self._followers(view, index)
-        received = view.memory["received"]
+        received = view.memory["cam_received"]
         chance = xp.where(
             mean > 0, received / xp.where(mean > 0, mean, 1.0), xp.astype(received > 0, mean.dtype)
         )
@@ -74,7 +72,7 @@ class Cam(Wrapper):
             follows = (number[..., None] >= first[:, :, None, :]) & (number[..., None] < last[:, :, None, :])
             return xp.where(follows, part[:, :, None, :], 0.0)
 
-        return keys, values + poured(view, into, index.shape[-1])[0]
+        return keys, values + poured(view, into, index.shape[-1], view.values)[0], {}
 
     def _followers(
         self, view: View, index: Int[Array, "batch kv_heads kept"]
@@ -85,7 +83,7 @@ class Cam(Wrapper):
     ]:
         """The first of the kept slots after each slot, the end of its span, and the mean attention over the span."""
         xp = view.xp
-        received = keep(xp, view.memory["received"], index, 0.0)
+        received = keep(xp, view.memory["cam_received"], index, 0.0)
         held = xp.sum(xp.astype(index >= 0, xp.int32), axis=-1, dtype=xp.int32)[..., None]
         order = numbers(view, index.shape[-1])
 

@@ -20,7 +20,7 @@ from framework.eviction import alive, placed
 from framework.policies.h2o import H2O
 from framework.policies.keydiff import unit
 from framework.policies.snapkv import SnapKV
-from framework.policy import BLOCK, Needs, Policy, View
+from framework.policy import BLOCK, Merged, Needs, Policy, View
 from framework.wrapper import Wrapper, both
 
 TINY = 1e-6
@@ -48,9 +48,7 @@ class Merge(Wrapper):
     def needs(self) -> Needs:
         return both(self.policy.needs, Needs(keys=True, values=True))
 
-    def merge(
-        self, view: View, index: Int[Array, "batch kv_heads kept"]
-    ) -> tuple[Float[Array, "batch kv_heads kept head_dim"], Float[Array, "batch kv_heads kept head_dim"]]:
+    def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> Merged:
         xp = view.xp
         keys, values = keep(xp, view.keys, index, 0.0), keep(xp, view.values, index, 0.0)
         cosine, target = nearest(view, index, keys)
@@ -63,12 +61,8 @@ class Merge(Wrapper):
         length, room = norm(view, view.values), take_slots(xp, norm(view, values), target)
         weight = xp.where(cosine > 0, cosine, 0.0) * length / (length + room + TINY)
         weight = xp.where(merges, weight, 0.0)
-
-        def into(number: Array) -> Array:
-            return xp.where(target[:, :, None, :] == number[..., None], weight[:, :, None, :], 0.0)
-
-        added, total = poured(view, into, index.shape[-1])
-        return keys, (values + added) / (1.0 + total)[..., None]
+        added, total = poured(view, to_target(view, target, weight), index.shape[-1], view.values)
+        return keys, (values + added) / (1.0 + total)[..., None], {}
 
     @classmethod
     def examples(cls) -> list[Policy]:
@@ -76,6 +70,23 @@ class Merge(Wrapper):
             cls(budget=9, policy=SnapKV(window=3, kernel=3)),
             cls(budget=8, threshold=0.3, share=0.6, policy=H2O(), interval=3),
         ]
+
+
+def blended(
+    view: View,
+    index: Int[Array, "batch kv_heads kept"],
+    target: Int[Array, "batch kv_heads slots"],
+    weight: Float[Array, "batch kv_heads slots"],
+    own: float,
+) -> tuple[Float[Array, "batch kv_heads kept head_dim"], Float[Array, "batch kv_heads kept head_dim"]]:
+    """Keys and values of the kept slots, weight `own`, averaged with those of the slots that have them as target."""
+    xp = view.xp
+    added, total = poured(view, to_target(view, target, weight), index.shape[-1], view.keys, view.values)
+    stays = xp.concat([keep(xp, one, index, 0.0) for one in (view.keys, view.values)], axis=-1)
+    both = (own * stays + added) / (own + total)[..., None]
+    both = xp.where((total > 0)[..., None], both, stays)  # what takes nothing in stays to the last bit
+    head_dim = view.keys.shape[-1]
+    return both[..., :head_dim], both[..., head_dim:]
 
 
 def norm(view: View, x: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes"]:
@@ -115,17 +126,32 @@ def nearest(
     return made[..., 0], xp.astype(made[..., 1], xp.int32)
 
 
-def poured(
-    view: View, into: Callable[[Array], Array], kept: int
-) -> tuple[Float[Array, "batch kv_heads {kept} head_dim"], Float[Array, "batch kv_heads {kept}"]]:
-    """What each kept slot receives of all values, and the sum of their weights.
+def to_target(
+    view: View,
+    target: Int[Array, "batch kv_heads slots"],
+    weight: Float[Array, "batch kv_heads slots"],
+) -> Callable[[Array], Array]:
+    """For `poured`: each slot with its weight into one kept slot, and nothing into the others."""
 
-    `into` gives the weights [batch kv_heads some slots] of the slots' values in some of the kept ones, by their number.
+    def into(number: Array) -> Array:
+        return view.xp.where(target[:, :, None, :] == number[..., None], weight[:, :, None, :], 0.0)
+
+    return into
+
+
+def poured(
+    view: View,
+    into: Callable[[Array], Array],
+    kept: int,
+    *sources: Float[Array, "batch kv_heads slots width"],
+) -> tuple[Float[Array, "batch kv_heads {kept} widths"], Float[Array, "batch kv_heads {kept}"]]:
+    """What each kept slot receives of all slots' keys or values, side by side, and the sum of the weights.
+
+    `into` gives the weights [batch kv_heads some slots] of the slots in some of the kept ones, by their number.
     """
     xp = view.xp
-    values = xp.where(view.filled[..., None], view.values, 0.0)
-    ones = xp.astype(view.filled, values.dtype)[..., None]
-    source = xp.concat([values, ones], axis=-1)
+    ones = xp.astype(view.filled, sources[0].dtype)[..., None]
+    source = xp.concat([*(xp.where(view.filled[..., None], one, 0.0) for one in sources), ones], axis=-1)
     made = blocks(
         xp, lambda some: xp.matmul(into(some), source), numbers(view, kept), size=BLOCK, axis=2, out=2
     )

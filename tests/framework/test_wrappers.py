@@ -814,7 +814,9 @@ def test_cam_shares_an_evicted_value_out_among_those_that_follow(inner, span, se
             for slot in own:
                 place = (row, head, positions[slot])
                 received[place] = received.get(place, 0.0) + float(step.view.sums[row, head, slot])
-                assert view.memory["received"][row, head, slot] == pytest.approx(received[place], rel=1e-12)
+                assert view.memory["cam_received"][row, head, slot] == pytest.approx(
+                    received[place], rel=1e-12
+                )
             inside = [positions.index(position) for position in kept(step, row, head)]
             values = {slot: view.values[row, head, slot].copy() for slot in inside}
             for slot in own:
@@ -850,7 +852,10 @@ def test_cam_merges_with_the_chance_that_the_attention_gives():
         sums=np.zeros(shape),
         keys=random.standard_normal((*shape, 4)),
         values=np.ones((*shape, 4)),
-        memory={"received": np.broadcast_to(np.array([0.5, 2.0, 1.0, 1.0]), shape), "mass": np.zeros(shape)},
+        memory={
+            "cam_received": np.broadcast_to(np.array([0.5, 2.0, 1.0, 1.0]), shape),
+            "mass": np.zeros(shape),
+        },
     )
     index = np.broadcast_to(np.array([2, 3, -1], np.int32), (1, 300, 3))
     _, values = policy.merge(view, index)
