@@ -858,7 +858,7 @@ def test_cam_merges_with_the_chance_that_the_attention_gives():
         },
     )
     index = np.broadcast_to(np.array([2, 3, -1], np.int32), (1, 300, 3))
-    _, values = policy.merge(view, index)
+    _, values, _ = policy.merge(view, index)
     # 1 + 1 / 2 from position 5, and for half of the heads 1 / 2 from position 3.
     assert set(np.unique(values[0, :, :2]).tolist()) == {1.5, 2.0}
     assert abs((values[0, :, 0, 0] == 2.0).mean() - 0.5) < 5 * 0.5 / 300**0.5
@@ -990,4 +990,294 @@ def test_cake_in_a_model_keeps_as_many_tokens_as_the_same_budget_for_all_layers(
     ],
 )
 def test_cake_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# d2o
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other) / float(np.linalg.norm(one) * np.linalg.norm(other))
+
+
+def slots_of(step: Step, view: View, row: int, head: int) -> tuple[list[int], list[int]]:
+    """Slots that stay, and living slots that do not, oldest first."""
+    stays, own = set(kept(step, row, head)), living(view, row, head)
+    inside = [slot for slot in own if int(view.positions[row, head, slot]) in stays]
+    return inside, [slot for slot in own if slot not in inside]
+
+
+def looped_d2o(
+    keys: np.ndarray,
+    values: np.ndarray,
+    inside: list[int],
+    outside: list[int],
+    old: float | None,
+    beta: float,
+) -> tuple[list[Any], list[Any], float | None, int]:
+    """Keys and values of those inside after each of the others was merged or dropped, the threshold, and the drops."""
+    closest = {slot: max((cosine(keys[slot], keys[other]), -other) for other in inside) for slot in outside}
+    if not outside:
+        return [keys[slot] for slot in inside], [values[slot] for slot in inside], old, 0
+    mean = sum(one for one, _ in closest.values()) / len(outside)
+    threshold = mean if old is None else beta * mean + (1 - beta) * old
+    merged = {slot for slot, (one, _) in closest.items() if one >= threshold - 1e-6}
+    new: tuple[list[Any], list[Any]] = ([], [])
+    for slot in inside:
+        weights = {slot: math.e} | {
+            other: math.exp(closest[other][0]) for other in merged if -closest[other][1] == slot
+        }
+        total = sum(weights.values())
+        for source, result in zip((keys, values), new, strict=True):
+            result.append(sum(weight / total * source[other] for other, weight in weights.items()))
+    return *new, threshold, len(outside) - len(merged)
+
+
+AROUND = [*INNER, "adakv(policy=h2o())", "pyramid(beta=3, policy=h2o())", "threshold(least=1, policy=h2o())"]
+
+
+@pytest.mark.parametrize("beta", [0.7, 0.25])
+@pytest.mark.parametrize("inner", [*AROUND, "d2o_layers(policy=h2o())"])
+def test_d2o_merges_what_reaches_a_moving_threshold(inner, beta):
+    policy = made(f"d2o(beta={beta}, policy={inner})")
+    moved = changed = dropped = 0
+    # A budget that leaves a row whole until it grows; several tokens at once only at the prompt.
+    for budget, window in ((BUDGET, None), (7, None), (6, 9)):
+        plain = steps(policies.make(inner), budget, window)
+        thresholds: dict[tuple[int, int], float | None] = {}
+        for step, alone in zip(steps(policy, budget, window), plain, strict=True):
+            assert (step.outcome.kept == alone.outcome.kept).all()
+            view = noted_view(policy, step)
+            for row, head in places(view):
+                inside, outside = slots_of(step, view, row, head)
+                before = thresholds.get((row, head))
+                keys, values, after, lost = looped_d2o(
+                    view.keys[row, head], view.values[row, head], inside, outside, before, beta
+                )
+                thresholds[row, head] = after
+                for got, expected in zip(step.outcome.merged, (keys, values), strict=True):
+                    np.testing.assert_allclose(
+                        got[row, head, : len(inside)], expected, rtol=1e-12, atol=1e-14
+                    )
+                    assert (got[row, head, len(inside) :] == 0).all()
+                assert step.outcome.heads["d2o_begun"][row, head] == (after is not None)
+                assert step.outcome.heads["d2o_threshold"][row, head] == pytest.approx(
+                    after or 0.0, rel=1e-12
+                )
+                moved += before is not None and before != after
+                dropped += lost
+                changed += np.abs(np.array(values) - view.values[row, head, inside]).max() > 1e-3
+    assert min(moved, changed, dropped) > 3
+
+
+def test_d2o_merges_all_where_all_keys_are_alike():
+    """Rounding of their mean leaves none below the threshold."""
+    policy = made("d2o(policy=h2o())")
+    base = noted_view(policy, steps(policy)[0])
+    random = np.random.default_rng(4)
+    slots, heads = 57, 40
+    shape = (1, heads, slots)
+    keys = np.broadcast_to(random.standard_normal((1, heads, 1, 4)), (*shape, 4)).astype(np.float32)
+    memory = {"d2o_threshold": np.ones(shape[:2], np.float32), "d2o_begun": np.ones(shape[:2], np.float32)}
+    view = replace(
+        base, positions=np.broadcast_to(np.arange(slots, dtype=np.int32), shape), seen=np.array([slots], np.int32),
+        keys=keys, values=np.ones((*shape, 4), np.float32) * np.arange(slots, dtype=np.float32)[:, None],
+        memory=memory, budget=np.ones(shape[:2], np.int32), sums=None,
+    )  # fmt: skip
+    for number in range(3):
+        begun = np.full(shape[:2], number % 2, np.float32)
+        index = np.broadcast_to(np.array([3, -1], np.int32), (1, heads, 2))
+        _, values, heads_memory = policy.merge(replace(view, memory=memory | {"d2o_begun": begun}), index)
+        np.testing.assert_allclose(values[:, :, 0], (slots - 1) / 2, rtol=1e-5)
+        np.testing.assert_allclose(heads_memory["d2o_threshold"], 1, rtol=1e-6)
+
+
+def test_d2o_is_the_whole_method_by_default():
+    policy = made("d2o(budget=64)")
+    assert policies.spelling(replace(policy, policy=made("d2o_layers(policy=h2o())"))) == "d2o(budget=64)"
+    assert policy.allocates
+    assert policy.merges
+    assert not policy.order_free
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        ("d2o(beta=-0.1)", "d2o has beta=-0.1; expected a share from 0 to 1"),
+        ("d2o(beta=1.5, policy=h2o())", "beta=1.5"),
+        ("d2o(policy=kvmerger())", "both merge; expected one of them"),
+        ("d2o(policy=window(reposition=True))", "repositions and merges keys"),
+        ("adakv(policy=d2o())", "allocates budgets to layers and divides them among heads"),
+        ("pyramid(policy=d2o())", "allocates budgets to layers and divides them among heads"),
+        ("per_layer(policies=(d2o(), h2o()))", "expected it around per_layer"),
+    ],
+)
+def test_d2o_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# d2o_layers
+
+
+@pytest.mark.parametrize("inner", ["snapkv(window=3, kernel=3)", "h2o()", "d2o(policy=key_norm())"])
+def test_d2o_layers_measures_how_unevenly_tokens_are_attended_to(inner):
+    policy = made(f"d2o_layers(policy={inner})")
+    received: dict[tuple[int, int, int], float] = {}
+    apart = 0
+    for step in steps(policy, budget=40):
+        view = noted_view(policy, step)
+        got = np.asarray(policy.statistic(view))
+        for row in range(3):
+            variances = []
+            for head in range(2):
+                given = []
+                for slot in living(view, row, head):
+                    place = row, head, int(view.positions[row, head, slot])
+                    received[place] = received.get(place, 0.0) + float(step.view.sums[row, head, slot])
+                    given.append(received[place])
+                mean = sum(given) / len(given)
+                variances.append(sum((one - mean) ** 2 for one in given) / (len(given) - 1))
+            least, most = min(variances), max(variances)
+            scaled = [(one - least) / (most - least + 1e-6) for one in variances]
+            assert got[row] == pytest.approx(sum(scaled) / 2, rel=1e-9)
+            apart += abs(got[row] - 0.5) > 1e-5
+    assert apart or len(received)
+
+
+def test_d2o_layers_takes_no_pass_for_the_prompt():
+    policy = made("d2o_layers(policy=kvzip(sinks=2))")
+    view = replace(steps(policy)[1].view, phase="pass")
+    assert (policy.note(view)["d2o_attended"] == view.memory["d2o_attended"]).all()
+    assert (policy.note(replace(view, phase="decode"))["d2o_attended"] != view.memory["d2o_attended"]).any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_d2o_layers_shares_out_the_whole_budget_in_proportion(seed):
+    random = np.random.default_rng(seed)
+    layers, budget, tokens = (int(random.integers(*ends)) for ends in ((1, 7), (3, 40), (1, 90)))
+    policy = made("d2o_layers(policy=snapkv(window=3))")
+    factors = random.uniform(0, 1, (layers, 2))
+    given = policy.allocate(factors, np.full((layers, 2), budget), np.array([tokens, 500]))
+    for row, most in enumerate((max(3, tokens), 500)):
+        weights = [Fraction(math.exp(-one)) for one in factors[:, row]]
+        expected = proportional(weights, layers * budget, 3, most)
+        assert given[:, row].sum() == layers * budget
+        assert all(abs(one - other) < 1 for one, other in zip(given[:, row].tolist(), expected, strict=True))
+        assert given[:, row].min() >= 3
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        (
+            "d2o_layers(policy=adakv(policy=h2o()))",
+            "d2o_layers shares the budget among layers, and adakv(policy=h2o()) divides",
+        ),
+        ("d2o_layers(policy=pyramid(policy=h2o()))", "divides it too; expected one of them"),
+        ("d2o_layers(policy=cake(policy=h2o()))", "divides it too; expected one of them"),
+        (
+            "adakv(policy=d2o_layers(policy=h2o()))",
+            "allocates budgets to layers and divides them among heads",
+        ),
+    ],
+)
+def test_d2o_layers_refuses(spelling, words):
+    assert words in refused(spelling)
+
+
+# kvmerger
+
+
+def looped_kvmerger(
+    keys: np.ndarray, values: np.ndarray, inside: list[int], outside: list[int], received: dict[int, float],
+    threshold: float, sigma: float,
+) -> tuple[list[Any], list[Any], int]:  # fmt: skip
+    """Keys and values of those inside after each of the others went into its set's pivot, and how many did."""
+    own = sorted([*inside, *outside])
+    sets: list[list[int]] = []
+    for slot in own:
+        near = sets and sets[-1][-1] == slot - 1 and cosine(keys[slot], keys[slot - 1]) > threshold
+        if near:
+            sets[-1].append(slot)
+        else:
+            sets.append([slot])
+    weights = {slot: {slot: 1.0} for slot in inside}
+    for each in sets:
+        staying = [slot for slot in each if slot in inside]
+        if staying:
+            pivot = max(staying, key=lambda slot: (received[slot], -slot))
+            for slot in each:
+                if slot in outside:
+                    far = float(np.linalg.norm(keys[slot] - keys[pivot]))
+                    weights[pivot][slot] = math.exp(-(far**2) / (2 * sigma**2))
+    new: tuple[list[Any], list[Any]] = ([], [])
+    for slot in inside:
+        total = sum(weights[slot].values())
+        for source, result in zip((keys, values), new, strict=True):
+            result.append(sum(weight / total * source[other] for other, weight in weights[slot].items()))
+    return *new, sum(len(one) for one in weights.values()) - len(inside)
+
+
+@pytest.mark.parametrize(("threshold", "sigma"), [(-0.3, 2), (0.2, 0.7), (0.6, 5.0)])
+@pytest.mark.parametrize("inner", [*AROUND, "noncausal_attention()", "d2o_layers(policy=h2o())"])
+def test_kvmerger_merges_a_run_of_like_keys_into_its_most_attended(inner, threshold, sigma):
+    policy = made(f"kvmerger(threshold={threshold}, sigma={sigma}, policy={inner})")
+    merged = dropped = 0
+    for budget, window in ((BUDGET, None), (5, None), (6, 9)):
+        received: dict[tuple[int, int, int], float] = {}
+        plain = steps(policies.make(inner), budget, window)
+        for step, alone in zip(steps(policy, budget, window), plain, strict=True):
+            assert (step.outcome.kept == alone.outcome.kept).all()
+            assert not step.outcome.heads
+            view = noted_view(policy, step)
+            for row, head in places(view):
+                inside, outside = slots_of(step, view, row, head)
+                own = {}
+                for slot, position in enumerate(view.positions[row, head].tolist()):
+                    if position >= 0:
+                        place = row, head, position
+                        received[place] = received.get(place, 0.0) + float(step.view.sums[row, head, slot])
+                        own[slot] = received[place]
+                keys, values, count = looped_kvmerger(
+                    view.keys[row, head], view.values[row, head], inside, outside, own, threshold, sigma
+                )
+                for got, expected in zip(step.outcome.merged, (keys, values), strict=True):
+                    np.testing.assert_allclose(
+                        got[row, head, : len(inside)], expected, rtol=1e-12, atol=1e-14
+                    )
+                    assert (got[row, head, len(inside) :] == 0).all()
+                merged, dropped = merged + count, dropped + len(outside) - count
+    assert merged > 3
+    assert dropped > 3
+
+
+def test_kvmerger_leaves_the_scorer_its_own_memory():
+    """`noncausal_attention` remembers under the name that `cam` once used for what a token received."""
+    for outer in ("cam", "kvmerger"):
+        policy = made(f"{outer}(policy=noncausal_attention())")
+        assert set(policy.memory) == {"received", f"{outer}_received"}
+
+
+def test_kvmerger_takes_no_pass_for_attention():
+    policy = made("kvmerger(policy=kvzip(sinks=2))")
+    view = replace(steps(policy)[1].view, phase="pass")
+    key = "kvmerger_received"
+    assert (policy.note(view)[key] == view.memory[key]).all()
+    assert (policy.note(replace(view, phase="decode"))[key] != view.memory[key]).any()
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        (
+            "kvmerger(threshold=1)",
+            "threshold=1, sigma=5.0; expected a cosine from -1 to below 1, and a finite sigma above 0",
+        ),
+        ("kvmerger(threshold=-1.5)", "threshold=-1.5"),
+        ("kvmerger(sigma=0)", "sigma=0"),
+        ("kvmerger(policy=merge(policy=h2o()))", "both merge; expected one of them"),
+        ("kvmerger(policy=window(reposition=True))", "repositions and merges keys"),
+    ],
+)
+def test_kvmerger_refuses(spelling, words):
     assert words in refused(spelling)
