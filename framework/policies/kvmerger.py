@@ -67,24 +67,21 @@ class KVMerger(Wrapper):
         }
 
     def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> Merged:
-        xp, living = view.xp, alive(view.positions, view.seen, view.window)
-        found, pivot = self._pivots(view, index, living)
+        xp = view.xp
+        found, pivot = self._pivots(view, index)
         apart = view.keys - take_slots(xp, keep(xp, view.keys, index, 0.0), pivot)
         kernel = xp.exp(-xp.sum(apart * apart, axis=-1) / (2 * self.sigma**2))
-        weight = xp.where(found & living & ~is_kept(view, index), kernel, 0.0)
+        evicted = alive(view.positions, view.seen, view.window) & ~is_kept(view, index)
+        weight = xp.where(found & evicted, kernel, 0.0)
         return *blended(view, index, pivot, weight, 1.0), {}
 
     def _pivots(
-        self,
-        view: View,
-        index: Int[Array, "batch kv_heads kept"],
-        living: Bool[Array, "batch kv_heads slots"],
+        self, view: View, index: Int[Array, "batch kv_heads kept"]
     ) -> tuple[Bool[Array, "batch kv_heads slots"], Int[Array, "batch kv_heads slots"]]:
         """Whether a token of each slot's set stays, and the number of the most attended one; the oldest of equals."""
         xp, key = view.xp, unit(view.xp, view.keys)
         cosine = xp.sum(key[:, :, 1:, :] * key[:, :, :-1, :], axis=-1)
-        linked = (cosine > self.threshold) & living[:, :, 1:] & living[:, :, :-1]
-        first = xp.concat([xp.ones_like(living[:, :, :1]), ~linked], axis=-1)
+        first = xp.concat([xp.ones_like(view.filled[:, :, :1]), cosine <= self.threshold], axis=-1)
         run = xp.cumulative_sum(xp.astype(first, xp.int32), axis=-1, dtype=xp.int32)
         own, received = keep(xp, run, index, 0), keep(xp, view.memory["kvmerger_received"], index, 0.0)
 
