@@ -192,6 +192,22 @@ BROKEN = {
         "rows alone",
         "a row depends on the rest of its batch",
     ),
+    "merges by other rows": (
+        """
+        merges = True
+        needs = Needs(keys=True, values=True)
+        def head_memory(self, layer): return {"level": ()}
+        def score(self, view): return real(view)
+        def merge(self, view, index):
+            from framework.arrays import take_slots
+            level = view.xp.max(view.keys[:, :, 0, 0], axis=0)
+            values = take_slots(view.xp, view.values, index)
+            new = {"level": view.memory["level"] + level}
+            return take_slots(view.xp, view.keys, index), values, new
+        """,
+        "rows alone",
+        "a row depends on the rest of its batch: other numbers in 'level' after merging",
+    ),
     "shared in name only": (
         """
         shared = True
