@@ -9,11 +9,11 @@ By default it is the whole method, around `d2o_layers(policy=h2o())`; `d2o(polic
 
 Deviations: the paper's rule at decode is for one evicted token; where several leave at once the mean of their cosines
 counts, as in its reference code. That code decides for all heads of a layer at once, by their mean cosine, where each
-head has a threshold here; and it multiplies by the cosine and divides by the count, where the paper has the weights
-above. `beta` is 0.7 as in the code's comment; its class has 0.5. A cosine within 1e-6 of the threshold reaches it, so
-that equal ones are decided alike on every backend. The split between recent and important tokens, and the first tokens
-that the code keeps, are the inner policy's matter. Tokens that a sliding window has left leave no trace. Keys are
-merged as they are rotated.
+head has a threshold here; and it multiplies by the cosine and divides by the count; the weights above are those
+of the equations as others cite them. `beta` is 0.7 as in the code's comment; its class has 0.5. A cosine within 1e-6 of
+the threshold reaches it, so that equal ones are decided alike on every backend. The split between recent and important
+tokens, and the first tokens that the code keeps, are the inner policy's matter. Tokens that a sliding window has left
+leave no trace. Keys are merged as they are rotated.
 """
 
 import math

@@ -10,7 +10,8 @@ high attention and the newest are left out of the sets. Here the budget says it:
 with `h2o` the newest and the most attended. So a set may keep several tokens, of which only the pivot takes anything
 in, and a set of which none stays is dropped. Neighbours are neighbours in the cache, also where tokens between them
 were evicted before. Merging goes on at decode, with the keys as they were merged. Which threshold and sigma the paper
-used could not be established; 0.75 and 5 are what others report, and its estimate of sigma from the data is left out.
+used could not be established: 0.75 is that of another implementation, 5 a choice made here, and the paper's estimate
+of sigma from the data is left out.
 Keys are compared as they are rotated. With grouped queries the attention is the mean over the group. Tokens that a
 sliding window has left leave no trace.
 """
