@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from framework.arrays import keep
+from framework.arrays import FAR, keep
 from framework.errors import KvtwinError
 from framework.eviction import (
     UNLIMITED,
@@ -116,6 +116,11 @@ class Case:
         ]
 
     @property
+    def question(self) -> np.ndarray:
+        """Where the question of each row begins; the second row has none."""
+        return np.array([self.tokens // 2, FAR, max(1, self.tokens // 3) - 1], np.int32)[: self.batch]
+
+    @property
     def slots(self) -> int:
         """Slots of every view: one more than can be filled, so that the shape never changes."""
         return self.tokens + self.steps + 1
@@ -200,6 +205,7 @@ class Case:
             positions=positions,
             budget=np.full(positions.shape[:2], budget, np.int32),
             seen=seen,
+            question=self.question,
             memory=slots | heads,
             queries=np.where(ring[:, None, None, :, None] >= 0, queries, 0.0) if needs.queries else None,
             query_positions=ring if needs.queries else None,
@@ -365,7 +371,9 @@ def to_numpy(x: Any) -> np.ndarray:
     return np.array(x)
 
 
-ROWS = ("positions", "budget", "seen", "keys", "values", "queries", "query_positions", "sums", "tokens")
+ROWS = (
+    "positions", "budget", "seen", "question", "keys", "values", "queries", "query_positions", "sums", "tokens",
+)  # fmt: skip
 ARRAYS = (*ROWS, "output", "cos", "sin")
 MAPS = ("memory", "constants")
 STATIC = ("phase", "layer", "layers", "scale", "window", "repositions")

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.check_case import TOLERANCE, Failure, least_budget, short, tiny_spec
 from experiments.check_rule import broken
+from framework.arrays import FAR
 from framework.errors import KvtwinError
 from framework.policy import Policy
 from framework.shapes import EMPTY, bucket
@@ -82,12 +83,13 @@ def prompts(policy: Policy, left: bool = False) -> np.ndarray:
 def play(
     backend: str, policy: Policy, tokens: np.ndarray, rows: tuple[int, ...] = (0, 1, 2)
 ) -> Iterator[Moment]:
-    """A prefill and decode steps; the moments come in the order of the original rows."""
+    """A prefill and decode steps; the moments come in the order of the original rows. One has no question."""
     model = _models()[backend]
     back = np.argsort(rows)
     following = np.random.default_rng(8).integers(0, model.spec.vocab, (STEPS, 3), dtype=np.int32)
     following[2, SILENT] = EMPTY
     cache = model.cache(policy=policy, batch=3)
+    cache.mark(np.array([tokens.shape[1] // 2, FAR, 0])[list(rows)])
     for call in (tokens, *following[:, :, None]):
         record: list[Any] = []
         options = {"decisions": record} if backend == "reference" else {}

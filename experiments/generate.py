@@ -8,6 +8,7 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="A bundled name, a folder on disk, or org/name.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    question: Annotated[str | None, typer.Option(help="Behind the prompt, marked for the policy.")] = None,
     policy: Annotated[str, typer.Option(help='As in "h2o(budget=64)".')] = "full()",
     backend: Annotated[str, typer.Option(help="reference, torch or flax.")] = "torch",
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, or float16 on torch.")] = "float32",
@@ -20,9 +21,14 @@ def command(
 
     loaded = backends.get(backend).load(model, dtype="float64" if backend == "reference" else dtype)
     out = loaded.generate(
-        prompt, policy=policy, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        prompt,
+        question=question,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
-    typer.echo(prompt + out.text[0])
+    typer.echo(prompt + (question or "") + out.text[0])
     kept = ", ".join(str(layer.shape[-1]) for layer in out.kept)
     typer.echo(
         f"\n{len(out.tokens[0])} tokens in {out.seconds:.2f} s; kept per layer: {kept} of {out.cache.seen[0]}; "

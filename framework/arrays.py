@@ -98,6 +98,16 @@ def by_position(
     return xp.argsort(xp.where(positions < 0, FAR, positions), axis=-1)
 
 
+def when(
+    xp: Namespace, needed: Bool[Array, ""], f: Callable[[], Array], otherwise: Array
+) -> Shaped[Array, "*result"]:
+    """What `f` gives, computed only where it is needed, and otherwise something of the same shape and dtype."""
+    library = sys.modules[xp.__name__.partition(".")[0]]  # imported already, since xp is part of it
+    if hasattr(library, "lax"):
+        return library.lax.cond(needed, f, lambda: otherwise)
+    return f() if bool(needed) else otherwise
+
+
 def blocks(
     xp: Namespace, f: Callable[[Array], Array], x: Array, size: int, axis: int, out: int
 ) -> Shaped[Array, "*result"]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
+from framework.arrays import FAR
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
@@ -65,7 +66,8 @@ class Decision:
 class Cache(ABC):
     """The keys and values of a batch of sequences, under one policy and one codec.
 
-    `budgets`: tokens kept by each kv head in each layer, None where no budget holds.
+    `budgets`: tokens kept by each kv head in each layer, None where no budget holds. `question`: the position at which
+    the question of each row begins, FAR where there is none; `mark` sets it.
 
     A step consumes its cache: the one that it returns replaces it, and using the old one raises. Rows are sequences;
     a row advances only by the real tokens that it is given.
@@ -75,6 +77,7 @@ class Cache(ABC):
     policy: Policy
     codec: Codec
     budgets: list[Int[np.ndarray, "batch kv_heads"] | None]
+    question: Int[np.ndarray, "batch"]
     capacity: int | None
     length: int | None
     steps: int
@@ -109,6 +112,25 @@ class Cache(ABC):
     @abstractmethod
     def seen(self) -> Int[np.ndarray, "batch"]:
         """Tokens that each row has been given."""
+
+    def mark(self, question: Int[np.ndarray, "batch"] | Sequence[int]) -> None:
+        """Say at which position the question of each row begins, FAR for none, from the next call on."""
+        self.alive()
+        marks = np.asarray(question)
+        if (
+            marks.shape != (self.batch,)
+            or marks.dtype.kind not in "iu"
+            or (marks < 0).any()
+            or (marks > FAR).any()
+        ):
+            raise KvtwinError(
+                f"questions begin at {question}; expected a position of at least 0 for each of {self.batch} rows"
+            )
+        self.question = marks.astype(np.int32)
+
+    def marked_until(self, seen: Int[np.ndarray, "batch"]) -> Int[np.ndarray, "batch"]:
+        """The marks that are left without the tokens from these positions on."""
+        return np.where(self.question < seen, self.question, FAR).astype(np.int32)
 
     @property
     @abstractmethod

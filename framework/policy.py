@@ -30,7 +30,8 @@ class Needs:
     slot received from the queries of this call, for `note`. `stream`: all tokens of a call are handed to
     `Policy.stream`. `tokens`: their ids. `output`: the weight that `View.output_norm` multiplies by. `gradients`: the
     blocks of a second pass carry `Block.gradients`. `ahead`: how far beyond the tokens seen `View.rotate` is asked to
-    go.
+    go. `question`: of a prompt that is evicted in chunks, the question is read behind each chunk before it, in the phase
+    "pass", and forgotten again.
     """
 
     keys: bool = False
@@ -42,6 +43,7 @@ class Needs:
     output: bool = False
     gradients: bool = False
     ahead: int = 0
+    question: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class View:
     least float32.
 
     `budget` is the only budget that a policy may read. `seen` counts the tokens of each row, those of this call
-    included: the next token will have position `seen`. `keys` and `queries` are rotated as the model uses them;
-    `queries` are the newest ones, at `query_positions` (-1: no such query yet). `memory` holds the policy's own arrays:
-    one number per slot, and those of `Policy.head_memory` per head.
+    included: the next token will have position `seen`. `question` is the position at which the question of each row
+    begins, FAR where there is none: what a prompt has from there on is the question. `keys` and `queries` are rotated
+    as the model uses them; `queries` are the newest ones, at `query_positions` (-1: no such query yet). `memory` holds
+    the policy's own arrays: one number per slot, and those of `Policy.head_memory` per head.
     """
 
     xp: Namespace
@@ -82,6 +85,7 @@ class View:
     positions: Int[Array, "batch kv_heads slots"]
     budget: Int[Array, "batch kv_heads"]
     seen: Int[Array, "batch"]
+    question: Int[Array, "batch"]
     memory: Mapping[str, Float[Array, "batch kv_heads *rest"]]
     keys: Array = (
         None  # [batch kv_heads slots head_dim]; this and what follows is None unless `needs` asks for it

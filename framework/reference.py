@@ -14,6 +14,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
+from framework.arrays import FAR
 from framework.backend import Backend as Contract
 from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy
 from framework.decode import Sampling, choose
@@ -71,6 +72,7 @@ class ReferenceCache(Cache):
     codec: Any
     budgets: list[np.ndarray | None]
     content: list[Row]
+    question: np.ndarray
     capacity: int | None = None
     length: int | None = None
     steps: int = 0
@@ -132,6 +134,7 @@ class ReferenceCache(Cache):
             layers=tuple(layers),
             seen=self.seen,
             dropped=self.last_eviction,
+            question=self.question.copy(),
             budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
@@ -154,10 +157,11 @@ class ReferenceCache(Cache):
     def _gather(self, index: list[int]) -> "ReferenceCache":
         content = [copy.deepcopy(self.content[row]) for row in index]
         budgets = [None if each is None else each[index] for each in self.budgets]
-        return replace(self, content=content, budgets=budgets)
+        return replace(self, content=content, budgets=budgets, question=self.question[index])
 
     def until(self, seen: np.ndarray) -> "ReferenceCache":
         result = self.fork()
+        result.question = self.marked_until(seen)
         for row, count in zip(result.content, seen, strict=True):
             row.seen = int(count)
             for heads in row.heads:
@@ -229,8 +233,9 @@ class ReferenceModel(Model):
         content = [self._row(made) for _ in range(batch)]
         constants = {key: np.asarray(value, np.float64) for key, value in made.constants(self.spec).items()}
         return ReferenceCache(
-            self.spec, made, read_codec(codec), each, content, capacity, length, constants=constants
-        )
+            self.spec, made, read_codec(codec), each, content, np.full(batch, FAR, np.int32), capacity, length,
+            constants=constants,
+        )  # fmt: skip
 
     def _row(self, policy: Policy) -> Row:
         asked = policy.needs.queries
@@ -457,6 +462,7 @@ class ReferenceModel(Model):
             positions=_stack([[head.positions for head in heads]], -1),
             budget=np.full((1, len(heads)), UNLIMITED, np.int32) if budget is None else budget[number][None],
             seen=np.array([row.seen], np.int32),
+            question=cache.question[number : number + 1],
             memory={key: per_slot[key] for key in policy.memory} | per_head,
             keys=_stack([[head.streams["keys"] for head in heads]]) if needs.keys or needs.queries else None,
             values=_stack([[head.streams["values"] for head in heads]]) if needs.values else None,
@@ -577,7 +583,7 @@ class ReferenceModel(Model):
     def restore(self, source: Snapshot | str | os.PathLike) -> ReferenceCache:
         held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
         cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
-        cache.budgets = list(held.budgets)
+        cache.budgets, cache.question = list(held.budgets), held.question.astype(np.int32)
         cache.steps, cache.pending = held.steps, held.pending
         for index, row in enumerate(cache.content):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])

@@ -20,8 +20,8 @@ from framework.policy import Policy, policies
 from framework.shapes import EMPTY
 from framework.spec import ModelSpec
 
-FORMAT = "kvtwin-cache-2"
-WHOLE = ("seen", "dropped", "positions", "query_positions", "budget")  # integers
+FORMAT = "kvtwin-cache-3"
+WHOLE = ("seen", "dropped", "question", "positions", "query_positions", "budget")  # integers
 FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 
 
@@ -45,6 +45,7 @@ class Snapshot:
     """A whole cache.
 
     `seen`: tokens of each row so far. `dropped`: what `seen` was when a token of the row was last evicted (0: never).
+    `question`: the position at which the question of each row begins, FAR where there is none.
     `budgets`: tokens kept by each head of each layer, None where no budget holds. `steps`: decode steps since the last
     prefill; 0 where the policy has no interval. `pending`: the last call appended
     without evicting. `length`: the declared final length, or None.
@@ -57,6 +58,7 @@ class Snapshot:
     layers: tuple[LayerSnapshot, ...]
     seen: Int[np.ndarray, "batch"]
     dropped: Int[np.ndarray, "batch"]
+    question: Int[np.ndarray, "batch"]
     budgets: tuple[Int[np.ndarray, "batch kv_heads"] | None, ...]
     steps: int
     pending: bool
@@ -70,7 +72,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, or leave what was there."""
-        arrays = {"seen": self.seen, "dropped": self.dropped}
+        arrays = {"seen": self.seen, "dropped": self.dropped, "question": self.question}
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
             arrays |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
@@ -120,14 +122,14 @@ class Snapshot:
         _check(path, arrays, spec, policies.make(facts["policy"]))
         layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
         budgets = tuple(arrays.get(f"{index}.budget") for index in range(len(spec.layers)))
-        rows = {"seen": arrays["seen"], "dropped": arrays["dropped"]}
+        rows = {key: arrays[key] for key in ("seen", "dropped", "question")}
         return cls(spec=spec, layers=layers, budgets=budgets, **rows, **facts)
 
 
 def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy) -> None:
     """Raises unless the arrays are those of a cache of this spec and policy."""
     batch, asked = arrays["seen"].size if "seen" in arrays else 0, policy.needs.queries
-    expected: dict[str, tuple[int, ...]] = {"seen": (batch,), "dropped": (batch,)}
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("seen", "dropped", "question"), (batch,))
     for index, layer in enumerate(spec.layers):
         slots = arrays.get(f"{index}.positions", np.zeros(0)).shape[-1]
         expected[f"{index}.positions"] = (batch, layer.kv_heads, slots)

@@ -27,8 +27,8 @@ class Tokenizer(ABC):
     """Text to token ids and back."""
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the tokenizer's own opening token where it has one."""
+    def encode(self, text: str, opening: bool = True) -> list[int]:
+        """Token ids, with the tokenizer's own opening token where it has one, or without it, to stand behind others."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
@@ -61,7 +61,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8; higher ids are special and have no text."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, opening: bool = True) -> list[int]:
         """The bytes of `text`."""
         return list(text.encode())
 
@@ -113,9 +113,9 @@ class ForeignTokenizer(Tokenizer):
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise KvtwinError(f"the tokenizer of {folder} does not load: {reason[0]}") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the tokenizer's opening token."""
-        return list(self._made(text)["input_ids"])
+    def encode(self, text: str, opening: bool = True) -> list[int]:
+        """Token ids, with the tokenizer's opening token, or without any special token."""
+        return list(self._made(text, add_special_tokens=opening)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, special tokens left out."""

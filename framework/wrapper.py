@@ -236,6 +236,11 @@ class Several(Policy):
         """The names of those that are to remember what they see here."""
         return list(self.members)
 
+    def _hearing(self, view: View) -> list[str]:
+        """`notes`; and of a question that is read before it comes, those that ask for it alone."""
+        every = view.phase != "pass"
+        return [key for key in self.notes(view) if every or self.members[key].needs.question]
+
     def __post_init__(self) -> None:
         outer = name(self).partition("(")[0]
         for each in self.members.values():
@@ -306,12 +311,12 @@ class Several(Policy):
         return named({key: each.constants(spec) for key, each in self.members.items()})
 
     def stream(self, view: View, block: Block) -> Memory:
-        asking = [key for key in self.notes(view) if self.members[key].needs.stream]
+        asking = [key for key in self._hearing(view) if self.members[key].needs.stream]
         new = {key: self.members[key].stream(self.as_seen_by(key, view), block) for key in asking}
         return {**view.memory, **named(new)}
 
     def note(self, view: View) -> Memory:
-        new = {key: self.members[key].note(self.as_seen_by(key, view)) for key in self.notes(view)}
+        new = {key: self.members[key].note(self.as_seen_by(key, view)) for key in self._hearing(view)}
         return {**view.memory, **named(new)}
 
     def score(self, view: View) -> Shaped[Array, "batch kv_heads slots"]:

@@ -116,11 +116,13 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """What a compiled step is given beside the state: rope tables, budgets, and the policy's constants."""
+    """What a compiled step is given beside the state: rope tables, budgets, the policy's constants, and where questions
+    begin."""
 
     tables: dict[Rope, Any]
     budgets: Int[Array, "layers batch most_heads"]
     constants: dict[str, Any]
+    question: Int[Array, "batch"]
 
     def budget(self, index: int, heads: int) -> Int[Array, "batch kv_heads"]:
         """Tokens that each head of a layer keeps."""
@@ -243,6 +245,7 @@ def view_of(layer: Held, plan: Plan, index: int, given: Given, **rest: Any) -> V
         cos=cos,
         sin=sin,
         constants=given.constants,
+        question=given.question,
         scale=spec.scale,
         softcap=spec.softcap,
         window=spec.window,
@@ -363,6 +366,7 @@ class FlaxCache(Cache):
     budgets: list[np.ndarray | None]
     state: State
     row_seen: np.ndarray
+    question: np.ndarray
     capacity: int | None = None
     length: int | None = None
     steps: int = 0
@@ -488,6 +492,7 @@ class FlaxCache(Cache):
             layers=layers,
             seen=self.row_seen.copy(),
             dropped=self.last_eviction,
+            question=self.question.copy(),
             budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
@@ -511,7 +516,8 @@ class FlaxCache(Cache):
                 lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), state
             )
         budgets = [None if each is None else each[pick] for each in self.budgets]
-        return replace(self, state=state, budgets=budgets, row_seen=self.row_seen[pick]).settled()
+        rows = {key: getattr(self, key)[pick] for key in ("row_seen", "question")}
+        return replace(self, state=state, budgets=budgets, **rows).settled()
 
     @property
     def last_eviction(self) -> np.ndarray:
@@ -519,7 +525,7 @@ class FlaxCache(Cache):
 
     def until(self, seen: np.ndarray) -> "FlaxCache":
         result = self.fork()
-        result.row_seen = seen.astype(np.int32)
+        result.row_seen, result.question = seen.astype(np.int32), self.marked_until(seen)
         with precision(self.dtype):
             end = to_jax(result.row_seen)
             layers: list[Held] = [_without(opened(layer), end) for layer in result.state.layers]

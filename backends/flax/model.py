@@ -17,6 +17,7 @@ from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.gradient import gradients
 from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
+from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
@@ -148,8 +149,8 @@ class FlaxModel(Model):
                 key: to_jax(value, wide(self.kind)) for key, value in made.constants(self.spec).items()
             }
         return FlaxCache(
-            self.spec, made, read_codec(codec), self.dtype, each, state, np.zeros(batch, np.int32), capacity, length,
-            constants=constants,
+            self.spec, made, read_codec(codec), self.dtype, each, state, np.zeros(batch, np.int32),
+            np.full(batch, FAR, np.int32), capacity, length, constants=constants,
         )  # fmt: skip
 
     def run(
@@ -352,7 +353,7 @@ class FlaxModel(Model):
                 check_reach(layer.rope, positions - 1, cache.length)
         with precision(self.dtype):
             tables = self.tables.of(self.spec, cache.length, positions + cache.policy.needs.ahead)
-        return Given(tables, budgets, cache.constants)
+        return Given(tables, budgets, cache.constants, cache.question)
 
     def check_scores(self, cache: FlaxCache) -> None:
         """Raises if a score was NaN."""
@@ -404,6 +405,7 @@ class FlaxModel(Model):
                 dropped=to_jax(held.dropped, np.int32),
             )
         cache.budgets = list(held.budgets)
+        cache.question = held.question.astype(np.int32)
         cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
         cache.steps, cache.pending = held.steps, held.pending
         return cache.settled()

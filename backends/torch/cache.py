@@ -30,6 +30,7 @@ class TorchCache(Cache):
     layers: list[LayerCache | PagedLayer]
     row_seen: np.ndarray
     dropped: torch.Tensor
+    question: np.ndarray
     capacity: int | None = None
     length: int | None = None
     steps: int = 0
@@ -126,6 +127,7 @@ class TorchCache(Cache):
             layers=layers,
             seen=self.row_seen.copy(),
             dropped=self.last_eviction,
+            question=self.question.copy(),
             budgets=tuple(self.budgets),
             steps=self.steps,
             pending=self.pending,
@@ -159,8 +161,8 @@ class TorchCache(Cache):
             for layer in map(opened, self.layers)
         ]
         budgets = [None if each is None else each[index] for each in self.budgets]
-        seen, dropped = self.row_seen[index], self.dropped[index]
-        result = replace(self, layers=layers, budgets=budgets, row_seen=seen, dropped=dropped)
+        rows = {key: getattr(self, key)[index] for key in ("row_seen", "dropped", "question")}
+        result = replace(self, layers=layers, budgets=budgets, **rows)
         result.settle()
         return result
 
@@ -170,7 +172,7 @@ class TorchCache(Cache):
 
     def until(self, seen: np.ndarray) -> "TorchCache":
         result = self.fork()
-        result.row_seen = seen.astype(np.int32)
+        result.row_seen, result.question = seen.astype(np.int32), self.marked_until(seen)
         end = torch.as_tensor(result.row_seen, device=self.dropped.device)
         result.layers = list(layers := [opened(layer) for layer in result.layers])
         for layer in layers:

@@ -19,6 +19,7 @@ from backends.torch.gradient import gradients
 from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions
+from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
 from framework.errors import KvtwinError
@@ -135,7 +136,8 @@ class TorchModel(Model):
         wide = torch.promote_types(self.kind, torch.float32)
         cache = TorchCache(
             self.spec, made, read_codec(codec), each, [self._layer(made, layer, batch) for layer in self.spec.layers],
-            np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device), capacity, length,
+            np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device),
+            np.full(batch, FAR, np.int32), capacity, length,
             constants={
                 key: to_torch(value, wide, self.device) for key, value in made.constants(self.spec).items()
             },
@@ -212,7 +214,9 @@ class TorchModel(Model):
         cache.consume()
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
         real = tokens >= 0
-        before, seen = (to_torch(x, device=self.device) for x in (cache.row_seen, after))
+        before, seen, question = (
+            to_torch(x, device=self.device) for x in (cache.row_seen, after, cache.question)
+        )
         positions = next_positions(real, before)
         cache.row_seen = after
         cache.steps, cache.singles = cache.counted(phase, host.shape[1] == 1 and bool((host >= 0).all()))
@@ -230,7 +234,8 @@ class TorchModel(Model):
         bad: dict[int, torch.Tensor] = {}
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
-            y, view = self._attend(block, index, x, tokens, positions, seen, cache, single, phase, tap, slope)
+            rows = {"seen": seen, "question": question}
+            y, view = self._attend(block, index, x, tokens, positions, rows, cache, single, phase, tap, slope)
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
             if due and cache.layers[index].limit is not None:
@@ -251,7 +256,7 @@ class TorchModel(Model):
         x: Float[torch.Tensor, "batch tokens dim"],
         ids: Int[torch.Tensor, "batch tokens"],
         positions: Int[torch.Tensor, "batch tokens"],
-        seen: Int[torch.Tensor, "batch"],
+        rows: dict[str, Int[torch.Tensor, "batch"]],
         cache: TorchCache,
         single: bool,
         phase: Phase,
@@ -302,12 +307,12 @@ class TorchModel(Model):
             policy,
             sums,
             None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
-            seen=seen,
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
             output=self._output(block, layer) if policy.needs.output else None,
             constants=cache.constants,
+            **rows,
         )
         if view.memory:
             for begin in range(0, tokens, BLOCK) if policy.needs.stream else ():
@@ -431,6 +436,7 @@ class TorchModel(Model):
         held = source if isinstance(source, Snapshot) else Snapshot.load(source, self.spec)
         cache = self.cache(held.policy, held.codec, len(held.seen), held.capacity, held.length)
         cache.row_seen, cache.budgets = held.seen.astype(np.int32), list(held.budgets)
+        cache.question = held.question.astype(np.int32)
         cache.dropped = to_torch(held.dropped, torch.int32, self.device)
         cache.steps, cache.pending = held.steps, held.pending
         wide = torch.promote_types(self.kind, torch.float32)

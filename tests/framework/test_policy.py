@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from framework.arrays import by_position, pool, softmax
+from framework.arrays import FAR, by_position, pool, softmax
 from framework.errors import KvtwinError
 from framework.eviction import alive, judge, layer_budgets, limit, noted, overwrites, survivors, weakest
 from framework.policy import Policy, View, attends, policies
@@ -158,6 +158,7 @@ def random_view(xp=NUMPY, seed=0, slots=17, asked=4, dtype=np.float64, **changes
         "positions": positions,
         "budget": np.full((batch, kv_heads), 9, np.int32),
         "seen": seen,
+        "question": changes.pop("question", np.full(batch, FAR, np.int32)),
         "query_positions": ring.astype(np.int32),
         **{key: value.astype(dtype) for key, value in numbers.items()},
         **changes,

@@ -10,6 +10,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
+from framework.arrays import FAR
 from framework.errors import KvtwinError
 from framework.eviction import alive, judge, noted, streamed, survivors
 from framework.policy import Block, View, policies
@@ -65,7 +66,7 @@ class Text:
 text_of = functools.cache(Text)
 
 
-def view_of(policy, text, held, before, seen, memory, phase, window=None, budget=9):
+def view_of(policy, text, held, before, seen, memory, phase, window=None, budget=9, question=(FAR, FAR)):
     """The view and block after the tokens from `before` to `seen`; `memory` goes by position."""
     slots = max(len(held[place]) for place in held) + 2
     needs, asked = policy.needs, policy.needs.queries
@@ -106,6 +107,7 @@ def view_of(policy, text, held, before, seen, memory, phase, window=None, budget
         positions=positions,
         budget=np.full((BATCH, HEADS), budget, np.int32),
         seen=seen.astype(np.int32),
+        question=np.array(question, np.int32),
         memory=slot_memory
         | {
             key: memory.get(key, np.zeros((BATCH, HEADS, *shape)))

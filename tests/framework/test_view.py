@@ -10,7 +10,7 @@ import jax.numpy
 import numpy as np
 import pytest
 
-from framework.arrays import blocks, standardised
+from framework.arrays import FAR, blocks, standardised
 from framework.eviction import placed, repositioned
 from framework.policy import NORMS, Block, View
 from framework.random import hash32, normal
@@ -80,6 +80,7 @@ def a_view(xp, dtype=np.float32, rope=True, **changes) -> View:
         "positions": shuffled(),
         "budget": np.full((BATCH, HEADS), 4, np.int32),
         "seen": np.array([29, 29], np.int32),
+        "question": np.array([23, FAR], np.int32),
         "query_positions": np.array([[-1, 26, 27, 28], [25, 26, 27, 28]], np.int32),
     }
     given = {key: None if x is None else x.astype(dtype) for key, x in numbers.items()} | whole | changes

@@ -848,6 +848,7 @@ def test_cam_merges_with_the_chance_that_the_attention_gives():
         base,
         positions=np.broadcast_to(np.array([3, 5, 8, 9], np.int32), shape),
         seen=np.array([10], np.int32),
+        question=base.question[:1],
         budget=np.full((1, 300), 2, np.int32),
         sums=np.zeros(shape),
         keys=random.standard_normal((*shape, 4)),
