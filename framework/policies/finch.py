@@ -1,6 +1,6 @@
 """Finch: of the context, what the question behind it attends to (arXiv 2408.00167).
 
-The question is what `generate(question=...)` marks; without one the last `window` tokens of each prefill call are it.
+The question is what `generate(question=...)` marks; without one it is the last `window` tokens of each prefill call.
 The score of a token of the context is the attention that the question's queries give it, each times the number of
 tokens that the query sees (the more of them, the less each gets), summed, and averaged over the group. What comes after
 the context, question and answer, goes only when no context is left, the oldest first. Another question counts anew.

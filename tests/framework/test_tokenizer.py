@@ -74,6 +74,13 @@ def test_files_decide(folder: Path, tmp_path: Path) -> None:
     assert isinstance(tokenizer(tmp_path), ByteTokenizer)
 
 
+def test_what_stands_behind_a_text_has_no_opening_token(folder: Path) -> None:
+    made = tokenizer(folder)
+    assert made.encode("hello") == [0, *made.encode("hello", opening=False)]
+    assert 0 not in made.encode("hello", opening=False)
+    assert ByteTokenizer().encode("hello", opening=False) == list(b"hello")
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back(each: Tokenizer, text: str) -> None:
     assert each.decode(each.encode(text)) == text

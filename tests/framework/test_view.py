@@ -10,7 +10,7 @@ import jax.numpy
 import numpy as np
 import pytest
 
-from framework.arrays import FAR, blocks, standardised
+from framework.arrays import FAR, blocks, standardised, when
 from framework.eviction import placed, repositioned
 from framework.policy import NORMS, Block, View
 from framework.random import hash32, normal
@@ -378,3 +378,20 @@ def test_placed_counts_who_is_better(xp, marked):
 
         order = sorted(range(SLOTS), key=rank, reverse=True)
         assert got[row, head].tolist() == [order.index(slot) for slot in range(SLOTS)]
+
+
+# What is computed only where it is needed.
+
+
+@every_library
+@pytest.mark.parametrize("needed", [True, False])
+def test_when_gives_one_or_the_other(xp, needed):
+    calls = []
+
+    def f():
+        calls.append(1)
+        return xp.asarray([3.0, 4.0])
+
+    found = when(xp, xp.any(xp.asarray([False, needed])), f, xp.asarray([0.0, 1.0]))
+    assert back(found).tolist() == ([3.0, 4.0] if needed else [0.0, 1.0])
+    assert needed or not calls or xp is LIBRARIES["jax"]  # jax traces both
