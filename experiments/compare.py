@@ -111,7 +111,8 @@ def prompted(
     model: Model, prompt: np.ndarray, cache: Any, *, forced: Any = None, decisions: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """A prompt, with what the policy reads behind it before it evicts."""
-    passes = [cache.policy.passes(row[row >= 0].tolist(), model.tokenizer.encode) for row in prompt]
+    encode = partial(model.tokenizer.encode, opening=False)
+    passes = [cache.policy.passes(row[row >= 0].tolist(), encode) for row in prompt]
     if not any(passes):
         return model.step(prompt, cache, phase="prefill", forced=forced, decisions=decisions, **options)
     logits, cache = model.step(prompt, cache, phase="prefill", evict=False, **options)

@@ -392,6 +392,11 @@ def _dtype(file: Path) -> None:
     _rewritten(file, named | {"0.positions": named["0.positions"].astype(np.float64)}, facts)
 
 
+def _fewer_questions(file: Path) -> None:
+    named, facts = _contents(file)
+    _rewritten(file, named | {"question": named["question"][:1]}, facts)
+
+
 def _fact(**changes: Any) -> Callable[[Path], None]:
     def damage(file: Path) -> None:
         named, facts = _contents(file)
@@ -419,6 +424,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "memory is missing": (_without_memory, r"memory.*mass"),
     "fewer heads": (_cut("0.stream.keys"), r"0.stream.keys has shape \(2, 1, 8, 4\)"),
     "fewer positions": (_cut("1.positions"), r"1.positions has shape \(2, 1, 8\)"),
+    "fewer questions": (_fewer_questions, r"question has shape \(1,\); expected \(2,\)"),
     "positions as floats": (_dtype, r"0.positions .*float64"),
     "a fact is missing": (_without_fact, "steps"),
     "a fact too many": (_fact(extra=1), "extra"),

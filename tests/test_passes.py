@@ -204,3 +204,26 @@ def test_comparisons_run_the_passes(backend: str, policy: str) -> None:
     tokens, _, kept = free_run(model, prompt, policy, 3)
     assert tokens.tolist() == out.tokens
     assert same_sets(kept, out.kept)[0] == same_sets(kept, out.kept)[1]
+
+
+class Opening:
+    """A tokenizer that begins texts with an opening token."""
+
+    def encode(self, text: str, opening: bool = True) -> list[int]:
+        return [300] * opening + list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+
+def test_what_is_read_has_no_opening_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether `generate` or a comparison reads it: the model sees the bytes of the request and no more."""
+    model = hybrid("reference")
+    plain = model.generate(ROWS, policy=POLICY, max_new_tokens=1, stop=())
+    prompt = np.array([ROWS[1]], np.int32)
+    expected = run(model, prompt, POLICY, 1).kept
+    monkeypatch.setattr(model, "tokenizer", Opening())
+    found = model.generate(ROWS, policy=POLICY, max_new_tokens=1, stop=()).cache.snapshot()
+    for one, other in zip(found.layers, plain.cache.snapshot().layers, strict=True):
+        np.testing.assert_array_equal(one.memory["peak"], other.memory["peak"])
+    assert same_sets(run(model, prompt, POLICY, 1).kept, expected)[0] == same_sets(expected, expected)[1]
