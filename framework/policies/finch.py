@@ -49,10 +49,12 @@ class Finch(Policy):
         asks = block.positions >= begin[:, None]
 
         def received() -> Array:
-            given, places = xp.mean(view.attention(block), axis=2), block.positions[:, None, :, None]
+            given, places = view.attention(block), block.positions[:, None, :, None]
             sees = attends(places, view.positions[:, :, None, :], view.window) & asks[:, None, :, None]
             tokens = xp.sum(xp.astype(sees, given.dtype), axis=-1, keepdims=True)
-            return xp.astype(xp.sum(given * tokens, axis=2), asked.dtype)
+            return xp.astype(
+                xp.sum(given * tokens[:, :, None, ...], axis=(2, 3)) / given.shape[2], asked.dtype
+            )
 
         new = when(xp, xp.any(asks), received, xp.zeros_like(asked))
         # A question that is read ahead is another one than the same in its own place.
