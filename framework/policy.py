@@ -30,8 +30,8 @@ class Needs:
     slot received from the queries of this call, for `note`. `stream`: all tokens of a call are handed to
     `Policy.stream`. `tokens`: their ids. `output`: the weight that `View.output_norm` multiplies by. `gradients`: the
     blocks of a second pass carry `Block.gradients`. `ahead`: how far beyond the tokens seen `View.rotate` is asked to
-    go. `question`: of a prompt that is evicted in chunks, the question is read behind each chunk before it, in the phase
-    "pass", and forgotten again.
+    go. `question`: of a prompt that is evicted in chunks, the question is read behind each chunk before it, in the
+    phase "pass", and forgotten again.
     """
 
     keys: bool = False

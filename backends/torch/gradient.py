@@ -27,13 +27,16 @@ def gradients(model: "TorchModel", host: np.ndarray, cache: TorchCache) -> list[
             check_reach(layer.rope, int(after.max()) - 1, cache.length)
             model.tables.grow(layer.rope, cache.length, int(after.max()))
     with torch.inference_mode(False), torch.enable_grad():
-        tokens, seen, start = (to_torch(x, device=model.device) for x in (host, after, before))
+        tokens, start, seen, question = (
+            to_torch(x, device=model.device) for x in (host, before, after, cache.question)
+        )
+        rows = {"seen": seen, "question": question}
         x = model.decoder.embed(tokens.clamp(min=0)) * model.spec.embed_scale
         added = [torch.zeros_like(x, requires_grad=True) for _ in model.spec.layers]
         for index, nothing in enumerate(added):
             # A layer is run again when its gradient is due: only its input is held until then.
             x = checkpoint(
-                _layer, model, index, x, nothing, tokens, start, seen, cache,
+                _layer, model, index, x, nothing, tokens, start, rows, cache,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
         total = torch.where((tokens >= 0)[..., None], widened(x).square(), 0).sum()
@@ -47,7 +50,7 @@ def _layer(
     added: Float[torch.Tensor, "batch tokens dim"],
     tokens: Int[torch.Tensor, "batch tokens"],
     start: Int[torch.Tensor, "batch"],
-    seen: Int[torch.Tensor, "batch"],
+    rows: dict[str, Int[torch.Tensor, "batch"]],
     cache: TorchCache,
 ) -> Float[torch.Tensor, "batch tokens dim"]:
     """One layer over its part of the cache, which stays as it is: appending to what has no room makes new tensors."""
@@ -59,5 +62,5 @@ def _layer(
     silent = replace(cache, layers=layers, policy=Window(reposition=cache.policy.repositions))
     block = model.decoder.layers[index]
     new = next_positions(tokens >= 0, start)
-    y, _ = model._attend(block, index, x, tokens, new, seen, silent, single=False, phase="pass")
+    y, _ = model._attend(block, index, x, tokens, new, rows, silent, single=False, phase="pass")
     return model._rest(block, index, x, y + added)

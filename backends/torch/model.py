@@ -217,6 +217,7 @@ class TorchModel(Model):
         before, seen, question = (
             to_torch(x, device=self.device) for x in (cache.row_seen, after, cache.question)
         )
+        rows = {"seen": seen, "question": question}
         positions = next_positions(real, before)
         cache.row_seen = after
         cache.steps, cache.singles = cache.counted(phase, host.shape[1] == 1 and bool((host >= 0).all()))
@@ -234,7 +235,6 @@ class TorchModel(Model):
         bad: dict[int, torch.Tensor] = {}
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
-            rows = {"seen": seen, "question": question}
             y, view = self._attend(block, index, x, tokens, positions, rows, cache, single, phase, tap, slope)
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
