@@ -1082,6 +1082,7 @@ def test_d2o_merges_all_where_all_keys_are_alike():
     memory = {"d2o_threshold": np.ones(shape[:2], np.float32), "d2o_begun": np.ones(shape[:2], np.float32)}
     view = replace(
         base, positions=np.broadcast_to(np.arange(slots, dtype=np.int32), shape), seen=np.array([slots], np.int32),
+        question=base.question[:1],
         keys=keys, values=np.ones((*shape, 4), np.float32) * np.arange(slots, dtype=np.float32)[:, None],
         memory=memory, budget=np.ones(shape[:2], np.int32), sums=None,
     )  # fmt: skip
