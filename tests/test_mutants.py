@@ -13,7 +13,7 @@ import jax.numpy
 import numpy as np
 import pytest
 
-import backends.flax.cache
+import backends.flax.layer
 import backends.torch.attention
 import backends.torch.layer
 import backends.torch.model
@@ -356,7 +356,7 @@ class Mutant:
 
 H2O, WINDOW, ODD = "h2o(budget=6)", "window(budget=6, sinks=2)", "keep_it_odd(budget=6)"
 REPOSITION = "window(budget=7, sinks=2, reposition=True)"
-T, F = backends.torch.layer, backends.flax.cache
+T, F = backends.torch.layer, backends.flax.layer
 
 MUTANTS = {
     "budget off by one": Mutant(budget_off_by_one(T), kept, H2O, "it kept 5 tokens, expected 6"),
@@ -429,5 +429,5 @@ def test_a_fault_stays_in_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shared rule that the other backends read is not the one that was patched."""
     before = rule.survivors
     budget_off_by_one(T)(monkeypatch)
-    assert backends.flax.cache.survivors is rule.survivors is before
+    assert backends.flax.layer.survivors is rule.survivors is before
     assert backends.torch.layer.survivors is not before

@@ -17,13 +17,13 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from backends.flax.attention import attention, paged_attention
-from backends.flax.cache import (
-    FlaxCache,
+from backends.flax.cache import FlaxCache, State
+from backends.flax.convert import precision, to_numpy, widened
+from backends.flax.layer import (
     Given,
     Held,
     LayerState,
     Plan,
-    State,
     append,
     append_one,
     compacted,
@@ -35,7 +35,6 @@ from backends.flax.cache import (
     view_of,
     without_weakest,
 )
-from backends.flax.convert import precision, to_numpy, widened
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
 from framework.arrays import Array

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from backends.flax.cache import Given, Plan, State, append, opened
+from backends.flax.cache import State
 from backends.flax.convert import widened
 from backends.flax.decode import Skeleton, _attend, _embed, _places, _project, _rest, no_tap
+from backends.flax.layer import Given, Plan, append, opened
 from framework.arrays import Array
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from backends.flax.cache import FlaxCache, Given, Held, Plan, State, empty_layer, opened
+from backends.flax.cache import FlaxCache, State
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.gradient import gradients
+from backends.flax.layer import Given, Held, Plan, empty_layer, opened
 from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
 from framework.arrays import FAR
