@@ -325,16 +325,20 @@ class Model(ABC):
                 'expected phase "prefill" or "decode", and logits "last", "all" or None'
             )
         whole = phase == "prefill" or cache.pending
-        if forced is not None:
-            cache.check_forced(forced, (tokens >= 0).any(axis=1) | np.full(len(tokens), whole))
+        allots = cache.policy.allocates and whole and evict
+        evicted = (tokens >= 0).any(axis=1) | np.full(len(tokens), whole)
+        if forced is not None and not allots:
+            cache.check_forced(forced, evicted)
         call = partial(self.run, forced=forced, decisions=decisions)
-        if not (cache.policy.allocates and whole and evict):
+        if not allots:
             return call(tokens, cache, logits=logits, phase=phase, evict=evict, taps=taps)
         statistics: list[np.ndarray] = []
         out, cache = self.run(
             tokens, cache, logits=logits, phase=phase, evict=False, taps=taps, statistics=statistics
         )
         cache.allot(statistics)
+        if forced is not None:  # only now is it known what each layer may hold
+            cache.check_forced(forced, evicted)
         _, cache = call(np.full((cache.batch, 1), EMPTY, np.int32), cache, logits=None, phase="prefill")
         return out, cache
 

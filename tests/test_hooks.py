@@ -564,6 +564,27 @@ def test_layers_get_what_allocate_gives_them(backend: str, tmp_path: Any) -> Non
         assert_same(alone, begun(backend, policy).rows([row]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_forced_sets_may_be_as_large_as_what_is_allocated(backend: str) -> None:
+    """Which is more than the policy's own budget; nothing above it."""
+    policy, model, tokens = Allocating(budget=5), hybrid(backend), prompts(LENGTHS)
+    largest = max(max(row) for row in shares(tokens, 5))
+    newest = np.array([[range(length - largest, length)] * KV_HEADS for length in LENGTHS], np.int32)
+    share = np.array(shares(tokens, 5))
+    forced = [
+        np.where(np.arange(largest) >= largest - share[:, index, None, None], newest, -1) for index in (0, 1)
+    ]
+    forced[1] = np.where(newest >= np.array(LENGTHS)[:, None, None] - WINDOW + 1, forced[1], -1)
+    _, cache = model.step(tokens, model.cache(policy, batch=3), logits=None, forced=forced)
+    for kept, wanted in zip(cache.kept, forced, strict=True):
+        for ours, right in zip(kept.reshape(-1, kept.shape[-1]), wanted.reshape(-1, largest), strict=True):
+            assert held(ours) == held(right)
+    assert largest > 5
+    forced[0] = np.array([[range(13)] * KV_HEADS] * 3, np.int32)
+    with pytest.raises(KvtwinError, match=f"13 tokens; expected at most {share[:, 0].max()}"):
+        model.step(tokens, model.cache(policy, batch=3), logits=None, forced=forced)
+
+
 @every_backend
 def test_a_chunked_prompt_is_allocated_at_its_end(backend: str) -> None:
     """Also where the decode loop, or a decode step, ends the prompt; and again where a second prompt follows."""
