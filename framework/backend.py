@@ -463,9 +463,15 @@ def read_policy(
     return made, [None if heads is None else np.array([heads] * batch, np.int32) for heads in each]
 
 
-def read_codec(codec: str | Codec) -> Codec:
-    """The codec, made from its spelling."""
-    return codecs.make(codec) if isinstance(codec, str) else codec
+def read_codec(codec: str | Codec, policy: Policy) -> Codec:
+    """The codec, made from its spelling; refused where the policy writes into what it has stored."""
+    made = codecs.make(codec) if isinstance(codec, str) else codec
+    if policy.merges and not made.exact:
+        raise KvtwinError(
+            f"policy {policies.spelling(policy)} blends what it evicts into stored slots, and codec "
+            f"{made} would have to code them again; expected an exact one, as full()"
+        )
+    return made
 
 
 def check_sizes(batch: int, capacity: int | None, length: int | None) -> None:

@@ -2,13 +2,19 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from framework.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codec(ABC):
-    """Base of every codec: a frozen description, hashable like a policy."""
+    """Base of every codec: a frozen description, hashable like a policy.
+
+    `exact`: what is read back is what was stored, so that a slot may be written again.
+    """
+
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def bits(self, itemsize: int) -> float:

@@ -233,7 +233,7 @@ class ReferenceModel(Model):
         content = [self._row(made) for _ in range(batch)]
         constants = {key: np.asarray(value, np.float64) for key, value in made.constants(self.spec).items()}
         return ReferenceCache(
-            self.spec, made, read_codec(codec), each, content, np.full(batch, FAR, np.int32), capacity, length,
+            self.spec, made, read_codec(codec, made), each, content, np.full(batch, FAR, np.int32), capacity, length,
             constants=constants,
         )  # fmt: skip
 

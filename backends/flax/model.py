@@ -150,7 +150,7 @@ class FlaxModel(Model):
                 key: to_jax(value, wide(self.kind)) for key, value in made.constants(self.spec).items()
             }
         return FlaxCache(
-            self.spec, made, read_codec(codec), self.dtype, each, state, np.zeros(batch, np.int32),
+            self.spec, made, read_codec(codec, made), self.dtype, each, state, np.zeros(batch, np.int32),
             np.full(batch, FAR, np.int32), capacity, length, constants=constants,
         )  # fmt: skip
 

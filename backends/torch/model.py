@@ -135,7 +135,8 @@ class TorchModel(Model):
         made, each = read_policy(policy, self.spec, batch)
         wide = torch.promote_types(self.kind, torch.float32)
         cache = TorchCache(
-            self.spec, made, read_codec(codec), each, [self._layer(made, layer, batch) for layer in self.spec.layers],
+            self.spec, made, read_codec(codec, made), each,
+            [self._layer(made, layer, batch) for layer in self.spec.layers],
             np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device),
             np.full(batch, FAR, np.int32), capacity, length,
             constants={
