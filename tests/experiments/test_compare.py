@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-import backends.torch.cache
+import backends.torch.layer
 from experiments.compare import command
 from experiments.run import main
 from framework.errors import KvtwinError
@@ -46,7 +46,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(xp, s, protected, living, budget - 1, capacity)
 
     monkeypatch.setattr(
-        backends.torch.cache, "survivors", functools.partial(survivors, backends.torch.cache.survivors)
+        backends.torch.layer, "survivors", functools.partial(survivors, backends.torch.layer.survivors)
     )
 
 
