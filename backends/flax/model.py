@@ -316,8 +316,8 @@ class FlaxModel(Model):
                 # Rows that were silent at an eviction may hold more than the budget, and keep it at the next one.
                 most = max(int(layer.fill), cache.limit(index) or 0)
                 least = max(least, bucket(most + 2 * cache.policy.interval))
-            if cache.pages(index) is not None:
-                if silent or layer.slots < least or not isinstance(layer, PagedState):
+            if isinstance(layer, PagedState):
+                if silent or layer.slots < least:
                     layer = cache.settle(index, layer, least)
             elif layer.slots < least and (bounded or layer.slots < cache.used + tokens):
                 layer = self._widened(layer, least)

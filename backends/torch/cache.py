@@ -37,6 +37,7 @@ class TorchCache(Cache):
     pending: bool = False
     singles: int = 0
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    layouts: list[Pages | None] = field(default_factory=list)
     consumed: bool = False
 
     @property
@@ -58,13 +59,14 @@ class TorchCache(Cache):
         self.bind()
 
     def bind(self) -> None:
-        """Hand each layer its limit and its budgets, on its device."""
+        """Hand each layer its limit and its budgets, on its device, and see which are to lie in pages."""
+        self.layouts = [self._pages(index) for index in range(len(self.layers))]
         for index, (layer, budget) in enumerate(zip(self.layers, self.budgets, strict=True)):
             layer.limit, shape = self.limit(index), (self.batch, layer.spec.kv_heads)
             numbers = np.full(shape, UNLIMITED) if budget is None else budget
             layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=self.dropped.device)
 
-    def pages(self, index: int) -> Pages | None:
+    def _pages(self, index: int) -> Pages | None:
         """How a layer is laid out whose heads differ; None where that takes no less than heads of one length."""
         budget, bound = self.budgets[index], self.limit(index)
         if budget is None or bound is None:
@@ -79,7 +81,7 @@ class TorchCache(Cache):
     def settle(self) -> None:
         """Bring every layer into the form that it rests in."""
         for index, layer in enumerate(self.layers):
-            layout = None if self.pending else self.pages(index)
+            layout = None if self.pending else self.layouts[index]
             if layout is not None and isinstance(layer, LayerCache):
                 self.layers[index] = closed(layer, layout, layer.budget if self.overwrites(layer) else 0)
 
@@ -163,6 +165,7 @@ class TorchCache(Cache):
         budgets = [None if each is None else each[index] for each in self.budgets]
         rows = {key: getattr(self, key)[index] for key in ("row_seen", "dropped", "question")}
         result = replace(self, layers=layers, budgets=budgets, **rows)
+        result.bind()
         result.settle()
         return result
 

@@ -244,7 +244,8 @@ class TorchModel(Model):
                 bad[index] = self._evict(cache, index, view, active, single, choice, decisions)
             del view  # and with it the layer's tokens that were evicted
             x = self._rest(block, index, x, y, tap)
-        cache.settle()
+        if not single:
+            cache.settle()
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]
             raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
@@ -394,7 +395,7 @@ class TorchModel(Model):
             lost, decision, bad = held.compact(cache.policy, view, active, forced)
             if decisions is not None:
                 decisions.append(_decision(index, *decision))
-            if isinstance(held, LayerCache) and (layout := cache.pages(index)) is not None:
+            if isinstance(held, LayerCache) and (layout := cache.layouts[index]) is not None:
                 cache.layers[index] = closed(held, layout, held.budget if cache.overwrites(held) else 0)
         cache.dropped = torch.where(lost, view.seen, cache.dropped)
         return bad
