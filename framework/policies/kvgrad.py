@@ -48,5 +48,5 @@ class KVgrad(KVzip):
 
     def score(self, view: View) -> Float[Array, "batch kv_heads slots"]:
         xp, peak = view.xp, view.memory["peak"]
-        top = xp.max(xp.where(view.filled, peak, 0.0), axis=(1, 2), keepdims=True)
+        top = xp.max(xp.where(view.filled, peak, UNREAD), axis=(1, 2), keepdims=True)
         return xp.where(peak == UNREAD, top, peak)  # what was not read is newer, and wins over its equals
