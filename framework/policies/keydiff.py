@@ -21,10 +21,13 @@ class KeyDiff(Policy):
     order_free: ClassVar[bool] = True
 
     def score(self, view: View) -> Float[Array, "batch kv_heads slots"]:
-        xp = view.xp
-        direction = unit(xp, view.keys)
-        anchor = xp.sum(xp.where(view.filled[..., None], direction, 0.0), axis=2)
-        return -xp.sum(direction * unit(xp, anchor)[:, :, None, :], axis=-1)
+        xp, keys = view.xp, view.keys
+        # With the keys as they are: their directions would be another array of the keys' size at every step.
+        length = xp.sqrt(xp.sum(keys * keys, axis=-1))
+        there = view.filled & (length > 0)
+        inverse = xp.where(there, 1.0 / xp.where(there, length, 1.0), 0.0)
+        anchor = unit(xp, xp.sum(keys * inverse[..., None], axis=2))
+        return -xp.matmul(keys, anchor[..., None])[..., 0] * inverse
 
 
 def unit(xp: Namespace, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
