@@ -46,8 +46,10 @@ def attention(
         return torch.cat([mixed for mixed, _ in pieces], dim=3), None
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
-    for start in range(0, tokens, BLOCK):
-        stop = min(start + BLOCK, tokens)
+    # Where the probabilities are made, a few arrays of their size live at once.
+    block = BLOCK if layer.softcap is None and sums is None else BLOCK // 4
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
         end = first + stop
         q = queries[..., start:stop, :].reshape(batch, kv_heads, group * (stop - start), head_dim)
         k, v = keys[..., :end, :], values[..., :end, :]
