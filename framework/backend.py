@@ -14,7 +14,8 @@ from framework.arrays import FAR
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
-from framework.eviction import allocated, check_policy, layer_budgets, limit, remembers
+from framework.eviction import allocated, check_policy, layer_budgets, limit, overwrites, remembers
+from framework.pages import Pages, pages
 from framework.policy import Phase, Policy, policies
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
@@ -181,6 +182,18 @@ class Cache(ABC):
         if budget is not None:
             most = max(self.policy.most(int(one), index, self.spec) for one in np.unique(budget))
         return limit(most, self.spec.layers[index].window)
+
+    def laid_out(self, index: int, slots: int) -> Pages | None:
+        """The pages of a layer whose heads differ; None where they take no less than heads of this many slots."""
+        budget, bound = self.budgets[index], self.limit(index)
+        if budget is None or bound is None:
+            return None
+        total = sum(self.policy.total(row, index, self.spec) for row in budget.tolist())
+        # Rows that are silent at an eviction keep what came since their own last one.
+        interval = self.policy.interval
+        growth, spare = (1, 1) if overwrites(self.policy, True) else (interval, 2 * interval)
+        layout = pages(min(total, budget.size * bound), budget.size, spare, growth)
+        return layout if layout.places < budget.size * slots else None
 
     def allot(self, statistics: Sequence[Shaped[np.ndarray, "batch"]]) -> None:
         """Share the budgets among the layers as the policy says."""

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from framework.arrays import FAR, Array, Namespace, blocks, device, softmax
+from framework.arrays import FAR, Array, Namespace, blocks, device, softmax, take_slots
 from framework.registry import Registry
 from framework.spec import Layer, ModelSpec
 
@@ -321,8 +321,8 @@ class Policy(ABC):
         return sum(self.most(budget, layer, spec) for budget in budgets)
 
     def statistic(self, view: View) -> Float[Array, "batch"]:
-        """What `allocate` is to know of this layer, under `allocates`."""
-        raise NotImplementedError
+        """What `allocate` is to know of this layer, under `allocates`; by default that all are alike."""
+        return view.xp.zeros_like(view.seen, dtype=view.xp.float32)
 
     def allocate(
         self,
@@ -335,8 +335,8 @@ class Policy(ABC):
 
     def merge(self, view: View, index: Int[Array, "batch kv_heads kept"]) -> "Merged":
         """Keys and values of the slots that `index` keeps (-1: none), with the others blended in, under `merges`; and
-        the arrays of `head_memory` that this changes, by name."""
-        raise NotImplementedError
+        the arrays of `head_memory` that this changes, by name. By default they stay as they are."""
+        return take_slots(view.xp, view.keys, index), take_slots(view.xp, view.values, index), {}
 
     def passes(self, prompt: Sequence[int], encode: Callable[[str], list[int]]) -> list[list[int]]:
         """Token lists that are read, one after the other, behind a prompt before it is evicted, and then forgotten:

@@ -564,6 +564,28 @@ def test_layers_get_what_allocate_gives_them(backend: str, tmp_path: Any) -> Non
         assert_same(alone, begun(backend, policy).rows([row]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plain(Policy):
+    """The newest; promises what `flags` name and says nothing of how."""
+
+    flags: tuple[str, ...] = ()
+
+    allocates = property(lambda self: "allocates" in self.flags)
+    merges = property(lambda self: "merges" in self.flags)
+    needs = Needs(keys=True, values=True)
+
+    def score(self, view: View) -> Any:
+        return view.positions
+
+
+@every_backend
+def test_what_a_policy_leaves_out_changes_nothing(backend: str) -> None:
+    """By default layers are alike and keep their own budget, and what stays is not blended with anything."""
+    plain = Plain(budget=(5, 9), interval=2)
+    for flag in ("allocates", "merges"):
+        assert_same(begun(backend, Plain(budget=plain.budget, interval=2, flags=(flag,)), 3), begun(backend, plain, 3))
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_forced_sets_may_be_as_large_as_what_is_allocated(backend: str) -> None:
     """Which is more than the policy's own budget; nothing above it."""
@@ -644,8 +666,6 @@ class Misallocating(Growing):
     def statistic(self, view: View) -> Any:
         if self.gives == "statistic":
             return view.positions
-        if self.gives == "missing":
-            return Policy.statistic(self, view)
         return view.seen
 
     def allocate(self, statistics: np.ndarray, budgets: np.ndarray, seen: np.ndarray) -> Any:
@@ -669,7 +689,6 @@ class Misallocating(Growing):
         ("few", r"allocate gave a head of layer 0 2 tokens; expected at least 3: what it protects"),
         ("raises", r"failed in allocate.*IndexError"),
         ("statistic", r"statistic returned .*expected shape \(\d,\): one number per row"),
-        ("missing", r"failed in statistic on .*NotImplementedError"),
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "torch"])

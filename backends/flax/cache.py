@@ -14,7 +14,7 @@ from backends.flax.pages import PagedState, closed
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.eviction import overwrites
-from framework.pages import Pages, pages
+from framework.pages import Pages
 from framework.policy import Policy, name
 from framework.shapes import bucket
 from framework.snapshot import Snapshot, canonical
@@ -92,17 +92,8 @@ class FlaxCache(Cache):
         return self.capacity if self.capacity is not None else bucket(tokens + self.room)
 
     def pages(self, index: int) -> Pages | None:
-        """How a layer is laid out whose heads differ; None where that takes no less than heads of one length."""
-        budget, bound = self.budgets[index], self.limit(index)
-        if budget is None or bound is None:
-            return None
-        total = sum(self.policy.total(row, index, self.spec) for row in budget.tolist())
-        again = overwrites(self.policy, True)
-        # Rows that are silent at an eviction keep what came since their own last one.
-        growth, spare = (1, 1) if again else (self.policy.interval, 2 * self.policy.interval)
-        heads = budget.size
-        layout = pages(min(total, heads * bound), heads, spare, growth)
-        return layout if layout.places < heads * self.slots(index) else None
+        """How a layer is laid out whose heads differ; None for heads of one length."""
+        return self.laid_out(index, self.slots(index))
 
     def settled(self) -> "FlaxCache":
         """This cache with every layer in the form that it rests in."""

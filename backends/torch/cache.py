@@ -12,7 +12,7 @@ from backends.torch.pages import PagedLayer, closed, opened
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.eviction import UNLIMITED, overwrites
-from framework.pages import Pages, pages
+from framework.pages import Pages
 from framework.policy import Policy, name
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot, canonical
@@ -60,23 +60,14 @@ class TorchCache(Cache):
 
     def bind(self) -> None:
         """Hand each layer its limit and its budgets, on its device, and see which are to lie in pages."""
-        self.layouts = [self._pages(index) for index in range(len(self.layers))]
+        self.layouts = [
+            self.laid_out(index, (self.limit(index) or 0) + self.policy.interval)
+            for index in range(len(self.layers))
+        ]
         for index, (layer, budget) in enumerate(zip(self.layers, self.budgets, strict=True)):
             layer.limit, shape = self.limit(index), (self.batch, layer.spec.kv_heads)
             numbers = np.full(shape, UNLIMITED) if budget is None else budget
             layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=self.dropped.device)
-
-    def _pages(self, index: int) -> Pages | None:
-        """How a layer is laid out whose heads differ; None where that takes no less than heads of one length."""
-        budget, bound = self.budgets[index], self.limit(index)
-        if budget is None or bound is None:
-            return None
-        total = sum(self.policy.total(row, index, self.spec) for row in budget.tolist())
-        again = overwrites(self.policy, True)
-        # Rows that are silent at an eviction keep what came since their own last one.
-        growth, spare = (1, 1) if again else (self.policy.interval, 2 * self.policy.interval)
-        layout = pages(min(total, budget.size * bound), budget.size, spare, growth)
-        return layout if layout.places < budget.size * (bound + self.policy.interval) else None
 
     def settle(self) -> None:
         """Bring every layer into the form that it rests in."""
