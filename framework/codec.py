@@ -1,10 +1,28 @@
-"""A codec: how keys and values are stored. The only one so far keeps them as they are."""
+"""A codec: how keys and values are stored, written once in array code for every backend.
+
+A codec file holds one subclass of `Codec`: a frozen dataclass that turns the vectors of tokens into arrays of codes and
+scales, each with one entry per token, and back. The machinery stores these arrays in the place of keys and values and
+moves them as it moves those: a token is coded once and never again.
+
+Codecs run on NumPy, torch and jax.numpy, and give the same bytes on all three. The array API standard has no float16,
+so that its strict implementation cannot run them. XLA joins a product and a sum into one rounding, and turns a division
+by a constant into a product: where a code depends on it, keep the two apart (`framework/rounding.py`).
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
+from jaxtyping import Float
+
+from framework.arrays import Array, Namespace
 from framework.registry import Registry
+from framework.spec import Layer
+
+Side = Literal["keys", "values"]
+Parts = Mapping[str, Array]  # the arrays of one side, [*axes any]: `codes`, and beside them what reads them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,13 +30,53 @@ class Codec(ABC):
     """Base of every codec: a frozen description, hashable like a policy.
 
     `exact`: what is read back is what was stored, so that a slot may be written again.
+
+    What is read is `read * scale @ turn`; the machinery applies the last two to queries, logits and outputs, so that
+    no second array as large as the cache is made.
     """
 
     exact: ClassVar[bool] = False
 
     @abstractmethod
-    def bits(self, itemsize: int) -> float:
-        """Bits stored per element of K or V, scales included, for a model whose elements have `itemsize` bytes."""
+    def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
+        """The parts of float32 vectors, among them `codes`. What cannot be coded gives a scale that is not finite."""
+
+    @abstractmethod
+    def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
+        """The vectors in float32, before `scale` and `turn`."""
+
+    def scale(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes"] | None:
+        """A factor per vector, float32; None for 1."""
+        return None
+
+    def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"] | None:
+        """The matrix, float32, that multiplies what is read from the right; None for the identity."""
+        return None
+
+    @abstractmethod
+    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+        """Bits of one vector: of its codes, and of what stands beside them. `itemsize`: bytes of the model's floats."""
+
+    def joint(self, layer: Layer) -> bool:
+        """True: the vectors of all heads of a token are coded as one. Policies that choose per head are then refused."""
+        return False
+
+    def check(self, layer: Layer) -> None:
+        """Raises KvtwinError where a layer has vectors that this codec cannot code."""
+
+    @classmethod
+    def examples(cls) -> list["Codec"]:
+        """Instances that every contract and equivalence test runs by itself."""
+        return [cls()]
 
 
 codecs = Registry(kind="codec", package="framework.codecs", base=Codec)
+
+
+def decode(codec: Codec, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
+    """What the model sees of coded vectors, in float32."""
+    x = codec.read(xp, parts, side)
+    scale, turn = codec.scale(xp, parts, side), codec.turn(x.shape[-1], side)
+    if scale is not None:
+        x = x * scale[..., None]
+    return x if turn is None else xp.matmul(x, xp.asarray(turn, device=getattr(x, "device", None)))
