@@ -58,11 +58,12 @@ class Codec(ABC):
         """Bits of one vector: of its codes, and of what stands beside them. `itemsize`: bytes of the model's floats."""
 
     def joint(self, layer: Layer) -> bool:
-        """True: the vectors of all heads of a token are coded as one. Policies that choose per head are then refused."""
+        """True: the vectors of all heads of a token are coded as one, and policies that choose per head are refused."""
         return False
 
-    def check(self, layer: Layer) -> None:
-        """Raises KvtwinError where a layer has vectors that this codec cannot code."""
+    def unfit(self, layer: Layer) -> str | None:
+        """Why the vectors of a layer cannot be coded: what came and what is expected; None where they can."""
+        return None
 
     @classmethod
     def examples(cls) -> list["Codec"]:
