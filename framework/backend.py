@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 from framework.arrays import FAR
 from framework.checkpoint import open_checkpoint
 from framework.codec import Codec, codecs
+from framework.coding import check_codec
 from framework.errors import KvtwinError
 from framework.eviction import allocated, check_policy, layer_budgets, limit, overwrites, remembers
 from framework.pages import Pages, pages
@@ -476,14 +477,10 @@ def read_policy(
     return made, [None if heads is None else np.array([heads] * batch, np.int32) for heads in each]
 
 
-def read_codec(codec: str | Codec, policy: Policy) -> Codec:
-    """The codec, made from its spelling; refused where the policy writes into what it has stored."""
+def read_codec(codec: str | Codec, policy: Policy, spec: ModelSpec) -> Codec:
+    """The codec, made from its spelling; refused where it cannot store what the model makes under the policy."""
     made = codecs.make(codec) if isinstance(codec, str) else codec
-    if policy.merges and not made.exact:
-        raise KvtwinError(
-            f"policy {policies.spelling(policy)} blends what it evicts into stored slots, and codec "
-            f"{made} would have to code them again; expected an exact one, as full()"
-        )
+    check_codec(made, policy, spec)
     return made
 
 

@@ -12,12 +12,12 @@ by a constant into a product: where a code depends on it, keep the two apart (`f
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from framework.arrays import Array, Namespace
+from framework.arrays import Array, Namespace, device
 from framework.registry import Registry
 from framework.spec import Layer
 
@@ -74,10 +74,10 @@ class Codec(ABC):
 codecs = Registry(kind="codec", package="framework.codecs", base=Codec)
 
 
-def decode(codec: Codec, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
-    """What the model sees of coded vectors, in float32."""
-    x = codec.read(xp, parts, side)
+def decoded(codec: Codec, xp: Namespace, parts: Parts, side: Side, dtype: Any) -> Float[Array, "*axes width"]:
+    """Coded vectors as the model sees them, in its own precision."""
+    x = xp.astype(codec.read(xp, parts, side), dtype)
     scale, turn = codec.scale(xp, parts, side), codec.turn(x.shape[-1], side)
     if scale is not None:
-        x = x * scale[..., None]
-    return x if turn is None else xp.matmul(x, xp.asarray(turn, device=getattr(x, "device", None)))
+        x = x * xp.astype(scale, dtype)[..., None]
+    return x if turn is None else xp.matmul(x, xp.asarray(turn, dtype=dtype, device=device(x)))

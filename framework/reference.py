@@ -17,6 +17,8 @@ import numpy as np
 from framework.arrays import FAR
 from framework.backend import Backend as Contract
 from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy
+from framework.codec import Codec, Side, codecs
+from framework.coding import SIDES, layout, payload, refused, shown, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.eviction import (
@@ -44,12 +46,17 @@ from framework.weights import check
 
 @dataclass
 class Head:
-    """What one kv head of one row holds, in position order; `memory` per slot and, in `own`, of the head."""
+    """What one kv head of one row holds, in position order; `memory` per slot and, in `own`, of the head.
+
+    `streams`: keys and values as the model sees them. `coded`: what a codec made of them, the first head having it for
+    all where they are coded as one; empty without a codec.
+    """
 
     positions: np.ndarray
     streams: dict[str, np.ndarray]
     memory: dict[str, np.ndarray]
     own: dict[str, np.ndarray]
+    coded: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,7 +76,7 @@ class ReferenceCache(Cache):
 
     spec: ModelSpec
     policy: Policy
-    codec: Any
+    codec: Codec
     budgets: list[np.ndarray | None]
     content: list[Row]
     question: np.ndarray
@@ -94,14 +101,19 @@ class ReferenceCache(Cache):
     def bytes(self) -> Bytes:
         self.alive()
         heads = [head for row in self.content for layer in row.heads for head in layer]
+        held = [each for head in heads for each in self.held(head).items()]
         return Bytes(
-            payload=sum(x.nbytes for head in heads for x in head.streams.values()),
-            scales=0,
+            payload=sum(x.nbytes for key, x in held if payload(key)),
+            scales=sum(x.nbytes for key, x in held if not payload(key)),
             positions=sum(head.positions.nbytes for head in heads),
             memory=sum(x.nbytes for head in heads for x in [*head.memory.values(), *head.own.values()]),
             queries=sum(x.nbytes for row in self.content for x in [*row.queries, *row.query_positions]),
             padding=0,
         )
+
+    def held(self, head: Head) -> dict[str, np.ndarray]:
+        """The streams of a head as they are stored."""
+        return head.streams if self.codec.exact else head.coded
 
     def snapshot(self) -> Snapshot:
         self.alive()
@@ -113,8 +125,10 @@ class ReferenceCache(Cache):
             layers.append(
                 canonical(
                     {
-                        key: _stack([[head.streams[key] for head in row] for row in grid])
-                        for key in first.streams
+                        key: _stack(
+                            [[held[key] for head in row if key in (held := self.held(head))] for row in grid]
+                        )
+                        for key in self.held(first)
                     },
                     _stack([[head.positions for head in row] for row in grid], -1),
                     {
@@ -129,7 +143,7 @@ class ReferenceCache(Cache):
         return Snapshot(
             spec=self.spec,
             policy=name(self.policy),
-            codec="full()",
+            codec=codecs.spelling(self.codec),
             dtype="float64",
             layers=tuple(layers),
             seen=self.seen,
@@ -173,6 +187,7 @@ class ReferenceCache(Cache):
 def _select(head: Head, index: np.ndarray) -> None:
     head.positions = head.positions[index]
     head.streams = {key: value[index] for key, value in head.streams.items()}
+    head.coded = {key: value[index] for key, value in head.coded.items()}
     head.memory = {key: value[index] for key, value in head.memory.items()}
 
 
@@ -223,35 +238,38 @@ class ReferenceModel(Model):
     def cache(
         self,
         policy: str | Policy = "full()",
-        codec: Any = "full()",
+        codec: str | Codec = "full()",
         batch: int = 1,
         capacity: int | None = None,
         length: int | None = None,
     ) -> ReferenceCache:
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
-        content = [self._row(made) for _ in range(batch)]
+        coding = read_codec(codec, made, self.spec)
+        content = [self._row(made, coding) for _ in range(batch)]
         constants = {key: np.asarray(value, np.float64) for key, value in made.constants(self.spec).items()}
         return ReferenceCache(
-            self.spec, made, read_codec(codec, made), each, content, np.full(batch, FAR, np.int32), capacity, length,
+            self.spec, made, coding, each, content, np.full(batch, FAR, np.int32), capacity, length,
             constants=constants,
         )  # fmt: skip
 
-    def _row(self, policy: Policy) -> Row:
+    def _row(self, policy: Policy, codec: Codec) -> Row:
         asked = policy.needs.queries
         layers = self.spec.layers
         return Row(
-            [[self._head(policy, layer) for _ in range(layer.kv_heads)] for layer in layers],
+            [[self._head(policy, codec, layer, head) for head in range(layer.kv_heads)] for layer in layers],
             [np.zeros((layer.kv_heads, layer.group, asked, layer.head_dim)) for layer in layers],
             [np.full(asked, -1, np.int32) for _ in layers],
         )
 
-    def _head(self, policy: Policy, layer: Layer) -> Head:
+    def _head(self, policy: Policy, codec: Codec, layer: Layer, number: int) -> Head:
+        kept = {} if codec.exact else layout(codec, layer)
         return Head(
             np.zeros(0, np.int32),
             {key: np.zeros((0, stream.width)) for key, stream in layer.streams.items()},
             {key: np.zeros(0) for key in slot_memory(policy)},
             {key: np.zeros(shape) for key, shape in policy.head_memory(layer).items()},
+            {key: np.zeros((0, one.width), kind) for key, (one, kind) in kept.items() if number < one.heads},
         )
 
     def run(
@@ -432,6 +450,8 @@ class ReferenceModel(Model):
                     mixed[token, query_head] = weights @ values[visible]
                     received[visible] += weights / layer.group
             sums.append(received)
+        if not cache.codec.exact:
+            self._code(cache.codec, index, row.heads[index], k, v)
         asked = policy.needs.queries
         if asked and phase != "pass":
             fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
@@ -441,6 +461,21 @@ class ReferenceModel(Model):
             row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-asked:]
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
         return mixed, sums
+
+    def _code(self, codec: Codec, index: int, heads: list[Head], k: np.ndarray, v: np.ndarray) -> None:
+        """Code the newest tokens of a layer, which from now on are what the codec gives back."""
+        layer = self.spec.layers[index]
+        new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k), ("values", v))}
+        made = stored(codec, xp, layer, new)
+        unfit = uncoded(codec, xp, layer, new, made)
+        if unfit.any():
+            raise refused(codec, [np.zeros_like(unfit)] * index + [unfit])
+        for side in SIDES:
+            read = shown(codec, xp, layer, made, side, np.float64)
+            for number, head in enumerate(heads):
+                head.streams[side][len(head.positions) - len(k) :] = read[0, number]
+        for number, head in enumerate(heads):
+            head.coded = {key: np.concatenate([old, made[key][0, number]]) for key, old in head.coded.items()}
 
     def _view(
         self, cache: ReferenceCache, number: int, index: int, sums: list, block: Block, phase: Any
@@ -588,20 +623,27 @@ class ReferenceModel(Model):
         for index, row in enumerate(cache.content):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
             for number, layer in enumerate(held.layers):
-                row.heads[number] = [_head_of(layer, index, head) for head in range(layer.positions.shape[1])]
+                own = self.spec.layers[number]
+                streams = {
+                    side: shown(cache.codec, xp, own, layer.streams, side, np.float64) for side in SIDES
+                }
+                row.heads[number] = [
+                    _head_of(layer, streams, index, head, cache.codec.exact) for head in range(own.kv_heads)
+                ]
                 if layer.queries is not None and layer.query_positions is not None:
                     row.queries[number] = layer.queries[index].astype(np.float64)
                     row.query_positions[number] = layer.query_positions[index]
         return cache
 
 
-def _head_of(layer: LayerSnapshot, row: int, head: int) -> Head:
+def _head_of(layer: LayerSnapshot, streams: dict[Side, np.ndarray], row: int, head: int, exact: bool) -> Head:
     filled = layer.positions[row, head] >= 0
     return Head(
         layer.positions[row, head][filled],
-        {key: value[row, head][filled].astype(np.float64) for key, value in layer.streams.items()},
+        {key: value[row, head][filled].astype(np.float64) for key, value in streams.items()},
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
         {key: np.asarray(value[row, head], np.float64) for key, value in layer.heads.items()},
+        {} if exact else {key: x[row, head][filled] for key, x in layer.streams.items() if head < x.shape[1]},
     )
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from framework.codec import Codec, codecs
+from framework.coding import layout
 from framework.errors import KvtwinError
 from framework.eviction import slot_memory
 from framework.policy import Policy, policies
@@ -29,10 +31,11 @@ FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 class LayerSnapshot:
     """One layer: its streams, positions, the policy's memory per slot and per head, and the newest queries.
 
-    Queries are None where no policy asks for them.
+    Streams are as a codec made them, one head for all where they are coded as one. Queries are None where no policy
+    asks for them.
     """
 
-    streams: dict[str, Shaped[np.ndarray, "batch kv_heads slots width"]]
+    streams: dict[str, Shaped[np.ndarray, "batch _ slots _"]]
     positions: Int[np.ndarray, "batch kv_heads slots"]
     memory: dict[str, Shaped[np.ndarray, "batch kv_heads slots"]]
     heads: dict[str, Shaped[np.ndarray, "batch kv_heads *rest"]]
@@ -119,21 +122,23 @@ class Snapshot:
             )
         if set(facts) != set(FACTS):
             raise KvtwinError(f"{path} has the facts {sorted(facts)}; expected {sorted(FACTS)}")
-        _check(path, arrays, spec, policies.make(facts["policy"]))
+        _check(path, arrays, spec, policies.make(facts["policy"]), codecs.make(facts["codec"]))
         layers = tuple(_layer(arrays, index) for index in range(len(spec.layers)))
         budgets = tuple(arrays.get(f"{index}.budget") for index in range(len(spec.layers)))
         rows = {key: arrays[key] for key in ("seen", "dropped", "question")}
         return cls(spec=spec, layers=layers, budgets=budgets, **rows, **facts)
 
 
-def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy) -> None:
-    """Raises unless the arrays are those of a cache of this spec and policy."""
+def _check(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy, codec: Codec
+) -> None:
+    """Raises unless the arrays are those of a cache of this spec, policy and codec."""
     batch, asked = arrays["seen"].size if "seen" in arrays else 0, policy.needs.queries
     expected: dict[str, tuple[int, ...]] = dict.fromkeys(("seen", "dropped", "question"), (batch,))
     for index, layer in enumerate(spec.layers):
         slots = arrays.get(f"{index}.positions", np.zeros(0)).shape[-1]
         expected[f"{index}.positions"] = (batch, layer.kv_heads, slots)
-        for key, stream in layer.streams.items():
+        for key, (stream, _) in layout(codec, layer).items():
             expected[f"{index}.stream.{key}"] = (batch, stream.heads, slots, stream.width)
         heads = (batch, layer.kv_heads)
         expected |= {f"{index}.memory.{key}": (*heads, slots) for key in slot_memory(policy)}
@@ -153,6 +158,13 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSp
                 f"{path} has an array {key!r} that its policy does not explain; the file is damaged"
             )
         own = ".memory." in key or ".heads." in key  # called whatever the policy likes
+        came, part = arrays[key], key.partition(".stream.")[2]
+        if "." in part:
+            kind = layout(codec, spec.layers[int(key.partition(".")[0])])[part][1]
+            if came.dtype != kind:
+                raise KvtwinError(
+                    f"{path}: {key} has dtype {came.dtype}; expected {kind}; the file is damaged"
+                )
         came, whole = arrays[key], not own and key.rpartition(".")[2] in WHOLE
         if came.shape != expected[key]:
             raise KvtwinError(
@@ -198,7 +210,8 @@ def canonical(
     def gather(x: np.ndarray) -> np.ndarray:
         if x.ndim == 3:
             return np.where(hole, x.dtype.type(0), np.take_along_axis(x, order, axis=-1))
-        return np.where(hole[..., None], x.dtype.type(0), np.take_along_axis(x, order[..., None], axis=2))
+        gone, index = hole[:, : x.shape[1], :, None], order[:, : x.shape[1], :, None]
+        return np.where(gone, x.dtype.type(0), np.take_along_axis(x, index, axis=2))
 
     if queries is not None and query_positions is not None:
         queries = np.where(query_positions[:, None, None, :, None] < 0, queries.dtype.type(0), queries)

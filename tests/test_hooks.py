@@ -583,7 +583,9 @@ def test_what_a_policy_leaves_out_changes_nothing(backend: str) -> None:
     """By default layers are alike and keep their own budget, and what stays is not blended with anything."""
     plain = Plain(budget=(5, 9), interval=2)
     for flag in ("allocates", "merges"):
-        assert_same(begun(backend, Plain(budget=plain.budget, interval=2, flags=(flag,)), 3), begun(backend, plain, 3))
+        assert_same(
+            begun(backend, Plain(budget=plain.budget, interval=2, flags=(flag,)), 3), begun(backend, plain, 3)
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -1,5 +1,6 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from backends.flax.convert import wide
-from framework.arrays import softmax
+from framework.arrays import FAR, softmax
+from framework.coding import Coded
 from framework.policy import attends
 from framework.shapes import EMPTY
 from framework.spec import Layer
 
+SPAN = 1024  # coded slots that are read at a time
 BLOCK = 256  # queries at a time, so that no tokens x tokens array is ever made
 
 
@@ -30,9 +33,26 @@ def attention(
 
     A query at position -1 gives 0. Products add up in at least float32.
     """
+
+    def block(q: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        return _block(q, keys, values, at, key_positions, layer, with_sums)
+
+    nothing = jnp.zeros(key_positions.shape, wide(keys.dtype)) if with_sums else None
+    return _in_blocks(block, queries, query_positions, nothing)
+
+
+def _in_blocks(
+    block: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]],
+    queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
+    query_positions: Int[jax.Array, "batch tokens"],
+    nothing: Float[jax.Array, "batch kv_heads slots"] | None,
+) -> tuple[
+    Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
+]:
+    """What `block` gives for some queries and their positions, for all queries; its sums add up from `nothing`."""
     tokens = queries.shape[3]
     if tokens <= BLOCK:
-        return _block(queries, keys, values, query_positions, key_positions, layer, with_sums)
+        return block(queries, query_positions)
     blocks = -(-tokens // BLOCK)
     short = blocks * BLOCK - tokens
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, short), (0, 0)))
@@ -41,11 +61,10 @@ def attention(
     cut_positions = jnp.moveaxis(query_positions.reshape(-1, blocks, BLOCK), 1, 0)
 
     @jax.checkpoint  # the probabilities of a block are made again when its gradient is due
-    def one(total: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        mixed, sums = _block(block[0], keys, values, block[1], key_positions, layer, with_sums)
-        return (total + sums if with_sums else None), mixed
+    def one(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        mixed, sums = block(*part)
+        return (None if total is None else total + sums), mixed
 
-    nothing = jnp.zeros(key_positions.shape, wide(keys.dtype)) if with_sums else None
     sums, mixed = jax.lax.scan(one, nothing, (cut_queries, cut_positions))
     mixed = jnp.moveaxis(mixed, 0, 3).reshape(*queries.shape[:3], blocks * BLOCK, -1)
     return mixed[:, :, :, :tokens], sums
@@ -83,6 +102,101 @@ def _block(
         preferred_element_type=total,
     )
     sums = weights.reshape(batch, heads, -1, slots).sum(2) / group if with_sums else None
+    return mixed.astype(values.dtype).reshape(batch, heads, group, tokens, -1), sums
+
+
+def cut(x: jax.Array, span: tuple[Any, int]) -> jax.Array:
+    """The slots of a span: where it begins, which may be traced, and how many they are."""
+    return jax.lax.dynamic_slice_in_dim(x, *span, axis=2)
+
+
+def coded_attention(
+    queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
+    keys: Float[jax.Array, "batch kv_heads tokens head_dim"],
+    values: Float[jax.Array, "batch kv_heads tokens width"],
+    coded: Coded,
+    query_positions: Int[jax.Array, "batch tokens"],
+    key_positions: Int[jax.Array, "batch kv_heads slots"],
+    layer: Layer,
+    first: int,
+    with_sums: bool,
+) -> tuple[
+    Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
+]:
+    """`attention` over slots that are coded; the new tokens, with these keys and values, are exact.
+
+    They stand at slots `first`, `first + 1`, ..., or where `first` is the number of slots anywhere among them.
+    """
+    if first == 0:
+        return attention(queries, keys, values, query_positions, key_positions, layer, with_sums)
+    start = jnp.min(jnp.where(query_positions < 0, FAR, query_positions), axis=1)[:, None, None]
+    old = key_positions[:, :, :first]
+    old = jnp.where(old < start, old, EMPTY)  # what the new tokens are read from is not in the codes
+    new = jnp.broadcast_to(query_positions[:, None], (*old.shape[:2], query_positions.shape[1]))
+    both = jnp.concatenate([old, new], axis=2)
+
+    def block(q: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        return _coded_block(q, keys, values, coded, at, both, layer, first, with_sums)
+
+    nothing = jnp.zeros(both.shape, wide(keys.dtype)) if with_sums else None
+    mixed, sums = _in_blocks(block, queries, query_positions, nothing)
+    if sums is None or first < key_positions.shape[-1]:
+        return mixed, sums
+    mine = (key_positions[..., None] == new[:, :, None]) & (new[:, :, None] >= 0)
+    return mixed, sums[..., :first] + jnp.sum(jnp.where(mine, sums[:, :, None, first:], 0), axis=-1)
+
+
+def _coded_block(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    coded: Coded,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    layer: Layer,
+    first: int,
+    with_sums: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    batch, heads, group, tokens, head_dim = queries.shape
+    total = wide(keys.dtype)
+    q = queries.astype(total).reshape(batch, heads, group * tokens, head_dim)
+    turned, whole = coded.turned(q), first // SPAN
+
+    def logits_of(span: tuple[Any, int]) -> jax.Array:
+        block, scale = coded.block("keys", span, total)
+        logits = jnp.einsum("bhqd,bhsd->bhqs", turned, block)
+        return logits if scale is None else logits * scale[:, :, None]
+
+    def mixed_of(weights: jax.Array, span: tuple[Any, int]) -> jax.Array:
+        block, scale = coded.block("values", span, total)
+        part = cut(jnp.swapaxes(weights, 2, 3), span)
+        part = part if scale is None else part * scale[..., None]
+        return jnp.einsum("bhsq,bhsd->bhqd", part, block)
+
+    pieces = [jnp.einsum("bhqd,bhtd->bhqt", q, keys.astype(total))]
+    if first % SPAN:
+        pieces.insert(0, logits_of((whole * SPAN, first % SPAN)))
+    if whole:
+        each = jax.lax.map(lambda index: logits_of((index * SPAN, SPAN)), jnp.arange(whole))
+        pieces.insert(0, jnp.moveaxis(each, 0, 3).reshape(*q.shape[:3], whole * SPAN))
+    logits = jnp.concatenate(pieces, axis=3) * layer.scale
+    if layer.softcap is not None:
+        logits = jnp.tanh(logits / layer.softcap) * layer.softcap
+    mask = attends(query_positions[:, None, :, None], key_positions[:, :, None, :], layer.window)
+    mask = jnp.broadcast_to(mask[:, :, None], (batch, heads, group, *mask.shape[2:])).reshape(logits.shape)
+    weights = softmax(jnp, logits, mask)
+
+    mixed = jnp.zeros((*q.shape[:3], values.shape[-1]), total)
+    if first % SPAN:
+        mixed = mixed_of(weights, (whole * SPAN, first % SPAN))
+    if whole:
+
+        def add(so_far: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            return so_far + mixed_of(weights, (index * SPAN, SPAN)), None
+
+        mixed = jax.lax.scan(add, mixed, jnp.arange(whole))[0]
+    mixed = coded.returned(mixed) + jnp.einsum("bhqt,bhtd->bhqd", weights[..., first:], values.astype(total))
+    sums = weights.reshape(batch, heads, group * tokens, -1).sum(2) / group if with_sums else None
     return mixed.astype(values.dtype).reshape(batch, heads, group, tokens, -1), sums
 
 

@@ -24,12 +24,14 @@ from framework.spec import ModelSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """What the compiled functions take and give back. `bad`: some score was NaN."""
+    """What the compiled functions take and give back. `bad`: some score was NaN. `unfit`: heads of each layer that made
+    what cannot be coded; empty without a codec."""
 
     layers: list[Held]
     seen: Int[jax.Array, "batch"]
     dropped: Int[jax.Array, "batch"]
     bad: Bool[jax.Array, ""]
+    unfit: list[Bool[jax.Array, "kv_heads"]]
 
 
 @dataclass(repr=False, eq=False)
@@ -70,7 +72,7 @@ class FlaxCache(Cache):
     def plan(self) -> Plan:
         """The static part."""
         bounded = tuple(self.limit(index) is not None for index in range(len(self.spec.layers)))
-        return Plan(self.spec, replace(self.policy, budget=None), bounded)
+        return Plan(self.spec, replace(self.policy, budget=None), self.codec, bounded)
 
     def consume(self) -> None:
         """Mark this cache as used up and let go of its buffers."""
@@ -124,7 +126,7 @@ class FlaxCache(Cache):
     @property
     def bytes(self) -> Bytes:
         self.alive()
-        totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
+        totals = dict.fromkeys(("payload", "scales", "positions", "memory", "queries", "padding"), 0)
         for layer in self.state.layers:
             [positions] = layer.stored["positions"]
             filled = int((to_numpy(positions) >= 0).sum())
@@ -138,7 +140,7 @@ class FlaxCache(Cache):
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
             )
-        return Bytes(scales=0, **totals)
+        return Bytes(**totals)
 
     def snapshot(self) -> Snapshot:
         self.alive()
@@ -183,9 +185,12 @@ class FlaxCache(Cache):
         pick = np.array(index, np.int32)
         with precision(self.dtype):
             state = replace(self.state, layers=list(map(opened, self.state.layers)))
-            state = jax.tree.map(
-                lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), state
+            layers = jax.tree.map(
+                lambda x: jnp.array(x, copy=True) if x.ndim == 0 else jnp.take(x, pick, axis=0), state.layers
             )
+            rows_of = {key: jnp.take(getattr(state, key), pick, axis=0) for key in ("seen", "dropped")}
+            fresh = {"bad": jnp.array(state.bad, copy=True), "unfit": [jnp.array(x) for x in state.unfit]}
+            state = replace(state, layers=layers, **rows_of, **fresh)
         budgets = [None if each is None else each[pick] for each in self.budgets]
         rows = {key: getattr(self, key)[pick] for key in ("row_seen", "question")}
         return replace(self, state=state, budgets=budgets, **rows).settled()

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from backends.flax.attention import attention, paged_attention
+from backends.flax.attention import attention, coded_attention, cut, paged_attention
 from backends.flax.cache import FlaxCache, State
 from backends.flax.convert import precision, to_numpy, widened
 from backends.flax.layer import (
@@ -31,6 +31,7 @@ from backends.flax.layer import (
     opened,
     overwrite,
     packed,
+    read,
     remembered,
     view_of,
     without_weakest,
@@ -38,6 +39,8 @@ from backends.flax.layer import (
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
 from framework.arrays import Array
+from framework.codec import decoded
+from framework.coding import SIDES, Coded, parts_of, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.eviction import measured, noted, repositioned, streamed
 from framework.pages import Pages
@@ -113,23 +116,36 @@ def _project(
     return q.reshape(grouped), k, v, (raw, h)
 
 
+def _coded(
+    plan: Plan, index: int, new: dict[str, jax.Array], unfit: list[jax.Array]
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    """Keys and values as the layer holds them, and `State.unfit` with what could not be coded of them."""
+    codec, layer = plan.codec, plan.spec.layers[index]
+    made = stored(codec, jnp, layer, new)
+    if codec.exact:
+        return made, unfit
+    wrong = unfit[index] | uncoded(codec, jnp, layer, new, made)
+    return jax.lax.stop_gradient(made), [*unfit[:index], wrong, *unfit[index + 1 :]]
+
+
 def _attend(
-    block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, first: Any, positions: jax.Array,
-    source: tuple[jax.Array, ...], given: Given, tap: Callable, **rest: Any,
+    block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, new: dict[str, jax.Array], first: Any,
+    positions: jax.Array, source: tuple[jax.Array, ...], given: Given, tap: Callable, **rest: Any,
 ) -> tuple[jax.Array, Held, View]:  # fmt: skip
-    """Attention of appended tokens; returns the layer's output, the layer with its memory noted, and the view."""
+    """Attention of the `new` tokens, which were appended; returns the layer's output, the layer with its memory noted,
+    and the view."""
     at, layer, policy = f"layers.{index}", plan.spec.layers[index], plan.policy
     if rest["phase"] != "pass":
         held = observe(held, q, positions)
     if isinstance(held, PagedState):
-        mixed, sums = _mixed_in_pages(plan, index, held, q, positions, given)
+        mixed, sums = _mixed_in_pages(plan, index, held, q, new, positions, given)
     else:
-        mixed, sums = _mixed(plan, index, held, q, first, positions, given)
+        mixed, sums = _mixed(plan, index, held, q, new, first, positions, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
         output = weight.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
-    view = view_of(held, plan, index, given, sums=sums, output=output, **rest)
+    view = view_of(held, plan, index, given, widened(q[:0]).dtype, sums=sums, output=output, **rest)
     if view.memory:
         seen = _streamed(plan, view, positions, *source) if policy.needs.stream else view
         held = remembered(held, noted(policy, seen).memory, (positions >= 0).any(axis=1))
@@ -142,24 +158,43 @@ def _attend(
 
 
 def _mixed(
-    plan: Plan, index: int, held: LayerState, q: jax.Array, first: Any, positions: jax.Array, given: Given
-) -> tuple[jax.Array, jax.Array | None]:
+    plan: Plan, index: int, held: LayerState, q: jax.Array, new: dict[str, jax.Array], first: Any,
+    positions: jax.Array, given: Given,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
-    layer, policy, keys = plan.spec.layers[index], plan.policy, held.streams["keys"]
-    if layer.rope is not None and policy.repositions:
+    layer, codec, sums = plan.spec.layers[index], plan.codec, plan.policy.needs.sums
+    keys, turn = held.streams["keys"] if codec.exact else new["keys"], None
+    if layer.rope is not None and plan.policy.repositions:
+        table = given.tables[layer.rope]
         rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
-        keys = rotate(keys, rank, given.tables[layer.rope])
         own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
-        q = rotate(q, own[:, :, None], given.tables[layer.rope])
-    return attention(q, keys, held.streams["values"], positions, held.positions, layer, policy.needs.sums)
+        keys = rotate(keys, rank if codec.exact else own, table)
+        q = rotate(q, own[:, :, None], table)
+
+        def turn(block: jax.Array, span: Any) -> jax.Array:
+            return rotate(block, cut(rank, span), table)
+
+    if codec.exact:
+        return attention(q, keys, held.streams["values"], positions, held.positions, layer, sums)
+    coded = Coded(codec, jnp, layer, held.streams, turn, cut)
+    old = first if isinstance(first, int) else held.slots
+    return coded_attention(q, keys, new["values"], coded, positions, held.positions, layer, old, sums)
 
 
 def _mixed_in_pages(
-    plan: Plan, index: int, held: PagedState, q: jax.Array, position: jax.Array, given: Given
-) -> tuple[jax.Array, jax.Array | None]:
+    plan: Plan, index: int, held: PagedState, q: jax.Array, new: dict[str, jax.Array], position: jax.Array,
+    given: Given,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """`_mixed` for one token per row and heads of different lengths."""
-    layer, policy = plan.spec.layers[index], plan.policy
+    layer, policy, codec = plan.spec.layers[index], plan.policy, plan.codec
     streams, positions, owner = held.paged()
+    if not codec.exact:  # the new token is exact
+        mine = position[owner // layer.kv_heads]
+        mine = ((positions == mine) & (mine >= 0))[..., None]
+        for side in SIDES:
+            own = new[side].reshape(-1, 1, layer.head_dim)[owner]
+            old = decoded(codec, jnp, parts_of(streams, side), side, own.dtype)
+            streams[side] = jnp.where(mine, own, old)
     keys = streams["keys"]
     if layer.rope is not None and policy.repositions:
         rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
@@ -295,15 +330,17 @@ def advance(
     taken: list[tuple[int, tuple]] = []
     statistics: list[jax.Array] = []
     layers: list[Held] = []
-    dropped, bad = state.dropped, state.bad
+    dropped, bad, unfit = state.dropped, state.bad, state.unfit
     for index, block in enumerate(decoder.layers):
         q, k, v, source = _project(block, plan, index, x, positions, given, tap)
         source = source if slopes is None else (*source, jnp.asarray(slopes[index]))
         before = opened(state.layers[index])
         first = before.slots
-        held: Held = append(before, {"keys": k, "values": v}, positions, tokens, plan.policy)
+        new = {"keys": k, "values": v}
+        made, unfit = _coded(plan, index, new, unfit)
+        held: Held = append(before, made, positions, tokens, plan.policy)
         y, held, view = _attend(
-            block, plan, index, held, q, first, positions, source, given, tap, seen=seen, phase=phase
+            block, plan, index, held, q, new, first, positions, source, given, tap, seen=seen, phase=phase
         )
         if measure:
             statistics.append(measured(plan.policy, view))
@@ -320,7 +357,7 @@ def advance(
             held = closed(held, layout, least)
             bad = bad | held.overflows
         layers.append(held)
-    result = State(layers, seen, dropped, bad)
+    result = State(layers, seen, dropped, bad, unfit)
     decisions = taken if record else []
     if logits is None:
         return None, result, decisions, statistics
@@ -343,15 +380,29 @@ def _one(
     seen = state.seen + real.astype(jnp.int32)
     x = _embed(decoder, plan, tokens[:, None], no_tap)
     layers: list[Held] = []
-    dropped, bad = state.dropped, state.bad
+    dropped, bad, unfit = state.dropped, state.bad, state.unfit
     for index, block in enumerate(decoder.layers):
         held = state.layers[index]
         q, k, v, source = _project(block, plan, index, x, position, given, no_tap)
         first = held.fill
         write = overwrite if plan.overwrites(index) else append_one
-        held = write(held, {"keys": k, "values": v}, position, tokens[:, None], plan.policy)
+        new = {"keys": k, "values": v}
+        made, unfit = _coded(plan, index, new, unfit)
+        held = write(held, made, position, tokens[:, None], plan.policy)
         y, held, view = _attend(
-            block, plan, index, held, q, first, position, source, given, no_tap, seen=seen, phase="decode"
+            block,
+            plan,
+            index,
+            held,
+            q,
+            new,
+            first,
+            position,
+            source,
+            given,
+            no_tap,
+            seen=seen,
+            phase="decode",
         )
         x = _rest(block, plan, index, x, y, no_tap)
         if plan.overwrites(index):
@@ -364,7 +415,7 @@ def _one(
         dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
         layers.append(held)
     out = _logits(decoder, plan, x, no_tap)[:, 0]
-    return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad)
+    return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad, unfit)
 
 
 def _sometimes(plan: Plan, held: Held, view: View, active: jax.Array, steps: jax.Array) -> tuple:
@@ -376,8 +427,8 @@ def _sometimes(plan: Plan, held: Held, view: View, active: jax.Array, steps: jax
             view,
             positions=held.positions,
             memory={key: held.memory[key] for key in plan.policy.memory} | held.heads,
-            keys=None if view.keys is None else widened(held.streams["keys"]),
-            values=None if view.values is None else widened(held.streams["values"]),
+            keys=None if view.keys is None else read(held, plan, view.layer, "keys", view.keys.dtype),
+            values=None if view.values is None else read(held, plan, view.layer, "values", view.values.dtype),
             queries=None if held.queries is None else widened(held.queries),
         )
         if plan.policy.repositions:

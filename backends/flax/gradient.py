@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from backends.flax.cache import State
 from backends.flax.convert import widened
-from backends.flax.decode import Skeleton, _attend, _embed, _places, _project, _rest, no_tap
+from backends.flax.decode import Skeleton, _attend, _coded, _embed, _places, _project, _rest, no_tap
 from backends.flax.layer import Given, Plan, append, opened
 from framework.arrays import Array
 
@@ -33,9 +33,11 @@ def gradients(
         block, before = decoder.layers[index], opened(state.layers[index])
         q, k, v, source = _project(block, plan, index, x, positions, given, no_tap)
         first = before.slots
-        held = append(before, {"keys": k, "values": v}, positions, tokens, plan.policy)
+        new = {"keys": k, "values": v}
+        made, _ = _coded(plan, index, new, state.unfit)
+        held = append(before, made, positions, tokens, plan.policy)
         y, _, _ = _attend(
-            block, plan, index, held, q, first, positions, source, given, no_tap, seen=seen, phase="pass"
+            block, plan, index, held, q, new, first, positions, source, given, no_tap, seen=seen, phase="pass"
         )
         return _rest(block, plan, index, x, y + added, no_tap)
 

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from backends.flax.convert import to_jax, wide, widened
 from backends.flax.pages import PagedState
 from framework.arrays import Array, by_position, keep, take_slots
+from framework.codec import Codec, Side
+from framework.coding import layout, payload, shown
 from framework.eviction import (
     alive,
     heads_budgets,
@@ -37,7 +39,7 @@ class LayerState:
     `memory` is what the policy remembers per slot, `heads` per head.
     """
 
-    streams: dict[str, Float[jax.Array, "batch kv_heads slots width"]]
+    streams: dict[str, Shaped[jax.Array, "batch heads slots width"]]
     positions: Int[jax.Array, "batch kv_heads slots"]
     memory: dict[str, Float[jax.Array, "batch kv_heads slots"]]
     heads: dict[str, Float[jax.Array, "batch kv_heads *rest"]]
@@ -53,7 +55,8 @@ class LayerState:
     def stored(self) -> dict[str, list[jax.Array]]:
         """The buffers, by what they hold."""
         return {
-            "payload": list(self.streams.values()),
+            "payload": [value for key, value in self.streams.items() if payload(key)],
+            "scales": [value for key, value in self.streams.items() if not payload(key)],
             "positions": [self.positions],
             "memory": list(self.memory.values()),
         }
@@ -66,7 +69,9 @@ class LayerState:
         """The layer with the slots that `source` names, -1 giving an empty one."""
         return replace(
             self,
-            streams={key: keep(jnp, value, source, 0) for key, value in self.streams.items()},
+            streams={
+                key: keep(jnp, value, source[:, : value.shape[1]], 0) for key, value in self.streams.items()
+            },
             positions=keep(jnp, self.positions, source, EMPTY),
             memory={key: keep(jnp, value, source, 0) for key, value in self.memory.items()},
             fill=jnp.max(jnp.sum(source >= 0, axis=-1)).astype(jnp.int32),
@@ -87,10 +92,12 @@ def opened(layer: Held) -> LayerState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compiled step is specialised to beside shapes: spec, policy without its budget, which layers evict."""
+    """What a compiled step is specialised to beside shapes: spec, policy without its budget, codec, and which layers
+    evict."""
 
     spec: ModelSpec
     policy: Policy
+    codec: Codec
     bounded: tuple[bool, ...]
 
     def overwrites(self, index: int) -> bool:
@@ -181,7 +188,8 @@ def overwrite(
     head = jnp.arange(slot.shape[1])[None, :]
 
     def write(buffer: jax.Array, value: jax.Array) -> jax.Array:
-        return buffer.at[row, head, slot].set(value[:, :, 0])
+        heads = slice(0, value.shape[1])
+        return buffer.at[row, head[:, heads], slot[:, heads]].set(value[:, :, 0])
 
     return replace(
         layer,
@@ -211,8 +219,15 @@ def observe(
     )
 
 
-def view_of(layer: Held, plan: Plan, index: int, given: Given, **rest: Any) -> View:
-    """What the policy sees of a layer, in physical slot order."""
+def read(
+    layer: Held, plan: Plan, index: int, side: Side, dtype: Any
+) -> Float[jax.Array, "batch kv_heads slots width"]:
+    """Keys or values of all slots, as the policy sees them; coded ones in this dtype."""
+    return widened(shown(plan.codec, jnp, plan.spec.layers[index], layer.streams, side, dtype))
+
+
+def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **rest: Any) -> View:
+    """What the policy sees of a layer, in physical slot order; coded vectors are read in `dtype`."""
     spec, needs = plan.spec.layers[index], plan.policy.needs
     cos, sin = (None, None) if spec.rope is None else given.tables[spec.rope]
     view = View(
@@ -222,8 +237,8 @@ def view_of(layer: Held, plan: Plan, index: int, given: Given, **rest: Any) -> V
         positions=layer.positions,
         budget=given.budget(index, spec.kv_heads),
         memory={key: layer.memory[key] for key in plan.policy.memory} | layer.heads,
-        keys=widened(layer.streams["keys"]) if needs.keys or needs.queries else None,
-        values=widened(layer.streams["values"]) if needs.values else None,
+        keys=read(layer, plan, index, "keys", dtype) if needs.keys or needs.queries else None,
+        values=read(layer, plan, index, "values", dtype) if needs.values else None,
         queries=None if layer.queries is None else widened(layer.queries),
         query_positions=layer.query_positions,
         tokens=layer.memory["tokens"].astype(jnp.int32) if needs.tokens else None,
@@ -348,20 +363,23 @@ def without(layer: LayerState, seen: jax.Array) -> LayerState:
     )
     return replace(
         layer,
-        streams={key: jnp.where(gone[..., None], 0, value) for key, value in layer.streams.items()},
+        streams={
+            key: jnp.where(gone[:, : value.shape[1], :, None], 0, value).astype(value.dtype)
+            for key, value in layer.streams.items()
+        },
         positions=positions,
         fill=last.astype(jnp.int32),
     )
 
 
-def empty_layer(layer: Layer, policy: Policy, batch: int, slots: int, dtype: Any) -> LayerState:
+def empty_layer(layer: Layer, policy: Policy, codec: Codec, batch: int, slots: int, dtype: Any) -> LayerState:
     """Zeroed buffers on the host: zero, never uninitialised, since 0 x NaN leaks through a mask."""
     asked = policy.needs.queries
     grouped = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
     return LayerState(
         streams={
-            key: to_jax(np.zeros((batch, one.heads, slots, one.width)), dtype)
-            for key, one in layer.streams.items()
+            key: to_jax(np.zeros((batch, one.heads, slots, one.width)), dtype if codec.exact else kind)
+            for key, (one, kind) in layout(codec, layer).items()
         },
         positions=to_jax(np.full((batch, layer.kv_heads, slots), EMPTY), np.int32),
         memory={

@@ -21,6 +21,7 @@ from backends.flax.rope import Tables
 from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
+from framework.coding import refused
 from framework.errors import KvtwinError
 from framework.eviction import UNLIMITED
 from framework.pages import Pages
@@ -139,18 +140,22 @@ class FlaxModel(Model):
     ) -> FlaxCache:
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
+        coding = read_codec(codec, made, self.spec)
         with precision(self.dtype):
             state = State(
-                layers=[empty_layer(layer, made, batch, 0, self.kind) for layer in self.spec.layers],
+                layers=[empty_layer(layer, made, coding, batch, 0, self.kind) for layer in self.spec.layers],
                 seen=to_jax(np.zeros(batch), np.int32),
                 dropped=to_jax(np.zeros(batch), np.int32),
                 bad=to_jax(np.array(False)),
+                unfit=[]
+                if coding.exact
+                else [to_jax(np.zeros(layer.kv_heads, bool)) for layer in self.spec.layers],
             )
             constants = {
                 key: to_jax(value, wide(self.kind)) for key, value in made.constants(self.spec).items()
             }
         return FlaxCache(
-            self.spec, made, read_codec(codec, made), self.dtype, each, state, np.zeros(batch, np.int32),
+            self.spec, made, coding, self.dtype, each, state, np.zeros(batch, np.int32),
             np.full(batch, FAR, np.int32), capacity, length, constants=constants,
         )  # fmt: skip
 
@@ -264,7 +269,12 @@ class FlaxModel(Model):
     def gradients(self, tokens: np.ndarray, cache: Any) -> list[np.ndarray]:
         after = cache.admit((tokens >= 0).sum(1))
         # Without the policy, its memory and its budgets: one compilation serves all of them.
-        plan = Plan(self.spec, Window(reposition=cache.policy.repositions), (False,) * len(self.spec.layers))
+        plan = Plan(
+            self.spec,
+            Window(reposition=cache.policy.repositions),
+            cache.codec,
+            (False,) * len(self.spec.layers),
+        )
         given = replace(self.given(cache, int(after.max())), constants={})
         layers = [
             replace(layer, memory={}, heads={}, queries=None, query_positions=None)
@@ -357,7 +367,9 @@ class FlaxModel(Model):
         return Given(tables, budgets, cache.constants, cache.question)
 
     def check_scores(self, cache: FlaxCache) -> None:
-        """Raises if a score was NaN."""
+        """Raises if a score was NaN, or something could not be coded."""
+        if cache.state.unfit and any(x.any() for x in map(np.asarray, cache.state.unfit)):
+            raise refused(cache.codec, [to_numpy(x) for x in cache.state.unfit])
         if not (cache.plan.policy.evicts and bool(cache.state.bad)):
             return
         for index, layer in enumerate(cache.state.layers):
@@ -387,7 +399,9 @@ class FlaxModel(Model):
             layers: list[Held] = [
                 replace(
                     empty,
-                    streams={key: to_jax(value, self.kind) for key, value in saved.streams.items()},
+                    streams={
+                        key: to_jax(value, empty.streams[key].dtype) for key, value in saved.streams.items()
+                    },
                     positions=to_jax(saved.positions, np.int32),
                     memory={key: to_jax(value, wide(self.kind)) for key, value in saved.memory.items()},
                     heads={key: to_jax(value, wide(self.kind)) for key, value in saved.heads.items()},

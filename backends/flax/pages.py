@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
+from framework.coding import payload
 from framework.pages import Pages, first_places, joined, owners, places, slots_of, taken
 from framework.shapes import EMPTY
 
@@ -20,7 +21,7 @@ class PagedState:
     `streams`, `positions` and `memory` show them as `LayerState` has them, `slots` wide; what is not read is not made.
     """
 
-    runs: dict[str, Float[jax.Array, "places width"]]
+    runs: dict[str, Shaped[jax.Array, "places width"]]
     marks: Int[jax.Array, "places"]
     notes: dict[str, Float[jax.Array, "places"]]
     first: Int[jax.Array, "batch kv_heads"]
@@ -37,7 +38,7 @@ class PagedState:
         return jnp.max(self.count)
 
     @property
-    def streams(self) -> dict[str, Float[jax.Array, "batch kv_heads slots width"]]:
+    def streams(self) -> dict[str, Shaped[jax.Array, "batch kv_heads slots width"]]:
         return {key: self.shown(value, 0) for key, value in self.runs.items()}
 
     @property
@@ -52,7 +53,8 @@ class PagedState:
     def stored(self) -> dict[str, list[jax.Array]]:
         """The buffers themselves, by what they hold."""
         return {
-            "payload": list(self.runs.values()),
+            "payload": [value for key, value in self.runs.items() if payload(key)],
+            "scales": [value for key, value in self.runs.items() if not payload(key)],
             "positions": [self.marks],
             "memory": list(self.notes.values()),
         }

@@ -3,14 +3,17 @@
 import array_api_compat.torch as xp
 import torch
 from jaxtyping import Float, Int
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from backends.torch.convert import widened
-from framework.arrays import softmax
+from framework.arrays import FAR, softmax
+from framework.coding import Coded
 from framework.policy import attends
+from framework.shapes import EMPTY
 from framework.spec import Layer
 
+SPAN = 1024  # coded slots that are read at a time
 BLOCK = 256  # queries at a time, so that no tokens x tokens array is ever made
 
 
@@ -58,7 +61,7 @@ def attention(
         )
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, kv_heads, -1, end)
         if layer.softcap is None and sums is None and not backward:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
         else:
             logits = widened(q) @ widened(k).transpose(-1, -2) * layer.scale
             if layer.softcap is not None:
@@ -69,6 +72,67 @@ def attention(
                 sums[..., :end] += weights.sum(dim=2) / group
         mixed[..., start:stop, :] = out.reshape(batch, kv_heads, group, stop - start, -1)
     return mixed, sums
+
+
+def coded_attention(
+    queries: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
+    keys: Float[torch.Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[torch.Tensor, "batch kv_heads tokens width"],
+    coded: Coded,
+    query_positions: Int[torch.Tensor, "batch tokens"],
+    key_positions: Int[torch.Tensor, "batch kv_heads slots"],
+    layer: Layer,
+    first: int,
+    with_sums: bool,
+) -> tuple[
+    Float[torch.Tensor, "batch kv_heads group tokens width"],
+    Float[torch.Tensor, "batch kv_heads slots"] | None,
+]:
+    """`attention` over slots that are coded; the new tokens, with these keys and values, are exact.
+
+    They stand at slots `first`, `first + 1`, ..., or where `first` is the number of slots anywhere among them.
+    """
+    batch, kv_heads, group, tokens, head_dim = queries.shape
+    exact_keys, exact_values = widened(keys).transpose(-1, -2), widened(values)
+    wide, spans = exact_values.dtype, [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]
+    start = torch.where(query_positions < 0, FAR, query_positions).amin(1)[:, None, None]
+    old = key_positions[:, :, :first]
+    old = torch.where(old < start, old, EMPTY)  # what the new tokens are read from is not in the codes
+    new = query_positions[:, None].expand(-1, kv_heads, -1)
+    both = torch.cat([old, new], dim=2)
+    mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
+    sums = exact_values.new_zeros(both.shape) if with_sums else None
+    for begin in range(0, tokens, BLOCK // 4):
+        stop = min(begin + BLOCK // 4, tokens)
+        q = widened(queries[..., begin:stop, :]).reshape(batch, kv_heads, -1, head_dim)
+        turned, pieces = coded.turned(q), []
+        for span in spans:
+            block, scale = coded.block("keys", span, wide)
+            piece = turned @ block.transpose(-1, -2)
+            pieces.append(piece if scale is None else piece * scale[:, :, None])
+        logits = torch.cat([*pieces, q @ exact_keys], dim=3) * layer.scale
+        if layer.softcap is not None:
+            logits = torch.tanh(logits / layer.softcap) * layer.softcap
+        mask = attends(query_positions[:, None, begin:stop, None], both[:, :, None], layer.window)
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
+        weights = softmax(xp, logits, mask)
+        out = weights[..., first:] @ exact_values
+        if spans:
+            total = torch.zeros_like(out)
+            for span in spans:
+                block, scale = coded.block("values", span, wide)
+                part = weights[..., span]
+                total += (part if scale is None else part * scale[:, :, None]) @ block
+            out += coded.returned(total)
+        if sums is not None:
+            sums += weights.sum(dim=2) / group
+        mixed[..., begin:stop, :] = out.to(queries.dtype).reshape(batch, kv_heads, group, stop - begin, -1)
+    if sums is None:
+        return mixed, None
+    if first + tokens <= key_positions.shape[-1]:
+        return mixed, functional.pad(sums, (0, key_positions.shape[-1] - first - tokens))
+    mine = (key_positions[..., None] == new[:, :, None]) & (new[:, :, None] >= 0)
+    return mixed, sums[..., :first] + (mine * sums[:, :, None, first:]).sum(-1)
 
 
 def paged_attention(

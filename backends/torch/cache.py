@@ -26,6 +26,7 @@ class TorchCache(Cache):
     spec: ModelSpec
     policy: Policy
     codec: Codec
+    dtype: str
     budgets: list[np.ndarray | None]
     layers: list[LayerCache | PagedLayer]
     row_seen: np.ndarray
@@ -83,7 +84,7 @@ class TorchCache(Cache):
     @property
     def bytes(self) -> Bytes:
         self.alive()
-        totals = dict.fromkeys(("payload", "positions", "memory", "queries", "padding"), 0)
+        totals = dict.fromkeys(("payload", "scales", "positions", "memory", "queries", "padding"), 0)
         for layer in self.layers:
             [positions] = layer.stored["positions"]
             filled = int((positions >= 0).sum())
@@ -97,7 +98,7 @@ class TorchCache(Cache):
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
             )
-        return Bytes(scales=0, **totals)
+        return Bytes(**totals)
 
     def snapshot(self) -> Snapshot:
         self.alive()
@@ -116,7 +117,7 @@ class TorchCache(Cache):
             spec=self.spec,
             policy=name(self.policy),
             codec=codecs.spelling(self.codec),
-            dtype=str(self.layers[0].streams["keys"].dtype).removeprefix("torch."),
+            dtype=self.dtype,
             layers=layers,
             seen=self.row_seen.copy(),
             dropped=self.last_eviction,

@@ -7,10 +7,12 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from backends.torch.convert import widened
 from framework.arrays import by_position, keep, take_slots
+from framework.codec import Codec, Side
+from framework.coding import payload, shown
 from framework.eviction import alive, heads_budgets, judge, merged, ordered, repositioned, survivors, weakest
 from framework.policy import Policy, View
 from framework.shapes import EMPTY, bucket
@@ -25,13 +27,14 @@ class HeldLayer(ABC):
     """
 
     spec: Layer
+    codec: Codec
     limit: int | None
     budget: Int[torch.Tensor, "batch kv_heads"]
     heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
     used: int
-    streams: Any  # by name, [batch kv_heads slots width]
+    streams: Any  # by name, [batch kv_heads slots width]; one head for all where a codec codes them together
     positions: Any  # [batch kv_heads slots]
     memory: Any  # by name, [batch kv_heads slots]
 
@@ -55,6 +58,10 @@ class HeldLayer(ABC):
 
         `whole`: every row was evicted, so that no head has more than its budget.
         """
+
+    def read(self, side: Side, dtype: torch.dtype) -> Float[torch.Tensor, "batch kv_heads slots width"]:
+        """Keys or values of all slots, as the model sees them."""
+        return shown(self.codec, xp, self.spec, self.streams, side, dtype)
 
     @property
     def bound(self) -> int:
@@ -80,9 +87,11 @@ class HeldLayer(ABC):
         policy: Policy,
         sums: torch.Tensor | None,
         table: tuple[torch.Tensor, torch.Tensor] | None,
+        dtype: torch.dtype,
         **rest: Any,
     ) -> View:
-        """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope."""
+        """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope, and
+        coded vectors are read in `dtype`."""
         needs = policy.needs
         wanted = needs.keys or needs.queries > 0
         cos, sin = (None, None) if table is None else table
@@ -91,8 +100,8 @@ class HeldLayer(ABC):
             positions=self.positions,
             budget=self.budget,
             memory={key: self.memory[key] for key in policy.memory} | self.heads,
-            keys=widened(self.streams["keys"]) if wanted else None,
-            values=widened(self.streams["values"]) if needs.values else None,
+            keys=widened(self.read("keys", dtype)) if wanted else None,
+            values=widened(self.read("values", dtype)) if needs.values else None,
             queries=None if self.queries is None else widened(self.queries),
             query_positions=self.query_positions,
             sums=sums,
@@ -182,9 +191,10 @@ class LayerCache(HeldLayer):
     """
 
     spec: Layer
+    codec: Codec
     limit: int | None
     budget: Int[torch.Tensor, "batch kv_heads"]
-    streams: dict[str, Float[torch.Tensor, "batch kv_heads slots width"]]
+    streams: dict[str, Shaped[torch.Tensor, "batch heads slots width"]]
     positions: Int[torch.Tensor, "batch kv_heads slots"]
     memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
     heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
@@ -200,7 +210,8 @@ class LayerCache(HeldLayer):
     @property
     def stored(self) -> dict[str, list[torch.Tensor]]:
         return {
-            "payload": list(self.streams.values()),
+            "payload": [value for key, value in self.streams.items() if payload(key)],
+            "scales": [value for key, value in self.streams.items() if not payload(key)],
             "positions": [self.positions],
             "memory": list(self.memory.values()),
         }
@@ -216,7 +227,9 @@ class LayerCache(HeldLayer):
         self.positions = self.positions if positions is None else positions
 
     def gather(self, source: torch.Tensor, room: int, whole: bool) -> None:
-        self.streams = {key: keep(xp, value, source, 0) for key, value in self.streams.items()}
+        self.streams = {
+            key: keep(xp, value, source[:, : value.shape[1]], 0) for key, value in self.streams.items()
+        }
         self.memory = {key: keep(xp, value, source, 0) for key, value in self.memory.items()}
         self.positions = keep(xp, self.positions, source, EMPTY)
         self.fill = self.used = room
@@ -266,7 +279,8 @@ class LayerCache(HeldLayer):
             self.reserve(min(bucket(self.used + 1), self.bound + 1))
         slot = self.positions.argmin(dim=-1, keepdim=True)
         for key, value in new.items():
-            self.streams[key].scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
+            index = slot[:, : value.shape[1], :, None].expand(-1, -1, -1, value.shape[-1])
+            self.streams[key].scatter_(2, index, value)
         self.positions.scatter_(2, slot, positions[:, None].expand(-1, slot.shape[1], -1))
         for key, value in start.items():
             fresh = torch.as_tensor(value, dtype=self.memory[key].dtype, device=slot.device)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import array_api_compat.torch as xp
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import nn
 from torch.nn import functional
 
-from backends.torch.attention import attention, paged_attention
+from backends.torch.attention import attention, coded_attention, paged_attention
 from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
@@ -21,7 +22,8 @@ from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions
 from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec
+from framework.codec import Codec, decoded
+from framework.coding import SIDES, Coded, parts_of, refused, stored, uncoded
 from framework.errors import KvtwinError
 from framework.eviction import measured, noted, slot_memory, streamed
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
@@ -133,10 +135,11 @@ class TorchModel(Model):
     ) -> TorchCache:
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
+        coding = read_codec(codec, made, self.spec)
         wide = torch.promote_types(self.kind, torch.float32)
         cache = TorchCache(
-            self.spec, made, read_codec(codec, made), each,
-            [self._layer(made, layer, batch) for layer in self.spec.layers],
+            self.spec, made, coding, self.dtype, each,
+            [self._layer(made, coding, layer, batch) for layer in self.spec.layers],
             np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device),
             np.full(batch, FAR, np.int32), capacity, length,
             constants={
@@ -146,16 +149,20 @@ class TorchModel(Model):
         cache.bind()
         return cache
 
-    def _layer(self, policy: Policy, layer: Layer, batch: int) -> LayerCache:
+    def _layer(self, policy: Policy, codec: Codec, layer: Layer, batch: int) -> LayerCache:
         asked = policy.needs.queries
         wide = torch.promote_types(self.kind, torch.float32)
         empty = {"device": self.device, "dtype": self.kind}
         heads = (batch, layer.kv_heads)
+        made: dict[str, torch.Tensor] = {
+            side: torch.zeros(*heads, 1, layer.head_dim, **empty) for side in SIDES
+        }
         return LayerCache(
             layer,
+            codec,
             None,
             torch.zeros(heads, dtype=torch.int32, device=self.device),
-            {key: torch.zeros(batch, one.heads, 0, one.width, **empty) for key, one in layer.streams.items()},
+            {key: value[:, :, :0] for key, value in stored(codec, xp, layer, made).items()},
             torch.full((*heads, 0), EMPTY, dtype=torch.int32, device=self.device),
             {key: torch.zeros(*heads, 0, dtype=wide, device=self.device) for key in slot_memory(policy)},
             {
@@ -234,9 +241,12 @@ class TorchModel(Model):
         tap("embed", x)
         active = torch.ones_like(real[:, 0]) if whole else real.any(1)
         bad: dict[int, torch.Tensor] = {}
+        unfit: list[torch.Tensor] | None = None if cache.codec.exact else []
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
-            y, view = self._attend(block, index, x, tokens, positions, rows, cache, single, phase, tap, slope)
+            y, view = self._attend(
+                block, index, x, tokens, positions, rows, cache, single, phase, tap, slope, unfit
+            )
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
             if due and cache.layers[index].limit is not None:
@@ -246,6 +256,8 @@ class TorchModel(Model):
             x = self._rest(block, index, x, y, tap)
         if not single:
             cache.settle()
+        if unfit and bool(torch.cat(unfit).any()):
+            raise refused(cache.codec, unfit)
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]
             raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
@@ -264,8 +276,12 @@ class TorchModel(Model):
         phase: Phase,
         tap: Tap = no_tap,
         gradients: Float[torch.Tensor, "batch tokens dim"] | None = None,
+        unfit: list[torch.Tensor] | None = None,
     ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View]:
-        """Append the tokens to one layer and attend; returns the layer's attention output and the policy's view."""
+        """Append the tokens to one layer and attend; returns the layer's attention output and the policy's view.
+
+        `unfit` is given which heads made what cannot be coded.
+        """
         at, attn, layer, held = (
             f"layers.{index}",
             block.attention,
@@ -293,22 +309,27 @@ class TorchModel(Model):
         start = {
             key: ids[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()
         }
+        new = {"keys": k, "values": v}
+        made = stored(held.codec, xp, layer, new)
+        if unfit is not None:
+            unfit.append(uncoded(held.codec, xp, layer, new, made))
         if single and cache.overwrites(held) and held.used >= 1:
-            held.overwrite({"keys": k, "values": v}, positions, start)
-            first = held.slots - tokens
+            held.overwrite(made, positions, start)
+            first = held.slots - (tokens if held.codec.exact else 0)
         else:
             first = 0 if isinstance(held, PagedLayer) else held.fill
-            held.append({"keys": k, "values": v}, positions, start)
+            held.append(made, positions, start)
         if phase != "pass":
             held.observe(grouped, positions)
         if isinstance(held, PagedLayer):
-            mixed, sums = self._mixed_in_pages(held, grouped, positions, cache)
+            mixed, sums = self._mixed_in_pages(held, grouped, new, positions, cache)
         else:
-            mixed, sums = self._mixed(held, grouped, first, positions, cache)
+            mixed, sums = self._mixed(held, grouped, new, first, positions, cache)
         view = held.view(
             policy,
             sums,
             None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
+            torch.promote_types(self.kind, torch.float32),
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
@@ -331,23 +352,43 @@ class TorchModel(Model):
         return y, view
 
     def _mixed(
-        self, held: LayerCache, queries: torch.Tensor, first: int, positions: torch.Tensor, cache: TorchCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, held: LayerCache, queries: torch.Tensor, new: dict[str, torch.Tensor], first: int,
+        positions: torch.Tensor, cache: TorchCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
-        layer, keys, tokens = held.spec, held.streams["keys"], positions.shape[1]
-        if layer.rope is not None and cache.policy.repositions:
+        layer, codec, tokens, sums = held.spec, held.codec, positions.shape[1], cache.policy.needs.sums
+        rope, keys = layer.rope, held.streams["keys"] if codec.exact else new["keys"]
+        rotate = None
+        if rope is not None and cache.policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
-            keys = self.tables.rotate(keys, rank, layer.rope, cache.length)
-            own = rank[:, :, None, first : first + tokens]
-            queries = self.tables.rotate(queries, own, layer.rope, cache.length)
-        sums = cache.policy.needs.sums
-        return attention(queries, keys, held.streams["values"], positions, held.positions, layer, first, sums)
+            own = rank[:, :, first : first + tokens]
+            queries = self.tables.rotate(queries, own[:, :, None], rope, cache.length)
+            keys = self.tables.rotate(keys, rank if codec.exact else own, rope, cache.length)
+
+            def rotate(block: torch.Tensor, span: slice) -> torch.Tensor:
+                return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
+
+        if codec.exact:
+            values = held.streams["values"]
+            return attention(queries, keys, values, positions, held.positions, layer, first, sums)
+        coded = Coded(codec, xp, layer, held.streams, rotate)
+        return coded_attention(
+            queries, keys, new["values"], coded, positions, held.positions, layer, first, sums
+        )
 
     def _mixed_in_pages(
-        self, held: PagedLayer, queries: torch.Tensor, position: torch.Tensor, cache: TorchCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, held: PagedLayer, queries: torch.Tensor, new: dict[str, torch.Tensor], position: torch.Tensor,
+        cache: TorchCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """`_mixed` for one token per row and heads of different lengths."""
         layer, (streams, positions, owner) = held.spec, held.paged()
+        if not held.codec.exact:
+            mine = position[owner.to(torch.int64) // layer.kv_heads]
+            mine = ((positions == mine) & (mine >= 0))[..., None]
+            for side in SIDES:
+                own = new[side].flatten(0, 1)[owner.to(torch.int64)]
+                old = decoded(held.codec, xp, parts_of(streams, side), side, own.dtype)
+                streams[side] = torch.where(mine, own, old)
         keys = streams["keys"]
         if layer.rope is not None and cache.policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
@@ -444,7 +485,8 @@ class TorchModel(Model):
         wide = torch.promote_types(self.kind, torch.float32)
         for layer, saved in zip(map(opened, cache.layers), held.layers, strict=True):
             layer.streams = {
-                key: to_torch(value, self.kind, self.device) for key, value in saved.streams.items()
+                key: to_torch(value, layer.streams[key].dtype, self.device)
+                for key, value in saved.streams.items()
             }
             layer.positions = to_torch(saved.positions, torch.int32, self.device)
             layer.memory = {key: to_torch(value, wide, self.device) for key, value in saved.memory.items()}

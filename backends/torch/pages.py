@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import array_api_compat.torch as xp
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from backends.torch.layer import HeldLayer, LayerCache
+from framework.codec import Codec
+from framework.coding import payload
 from framework.pages import Pages, first_places, joined, owners, places, slots_of, taken
 from framework.shapes import EMPTY
 from framework.spec import Layer
@@ -34,9 +36,10 @@ class PagedLayer(HeldLayer):
     """One layer as runs of places. `first`: where each head begins; `count`: its slots in use."""
 
     spec: Layer
+    codec: Codec
     limit: int | None
     budget: Int[torch.Tensor, "batch kv_heads"]
-    runs: dict[str, Float[torch.Tensor, "places width"]]
+    runs: dict[str, Shaped[torch.Tensor, "places width"]]
     marks: Int[torch.Tensor, "places"]
     notes: dict[str, Float[torch.Tensor, "places"]]
     first: Int[torch.Tensor, "batch kv_heads"]
@@ -63,7 +66,8 @@ class PagedLayer(HeldLayer):
     @property
     def stored(self) -> dict[str, list[torch.Tensor]]:
         return {
-            "payload": list(self.runs.values()),
+            "payload": [value for key, value in self.runs.items() if payload(key)],
+            "scales": [value for key, value in self.runs.items() if not payload(key)],
             "positions": [self.marks],
             "memory": list(self.notes.values()),
         }
@@ -160,8 +164,8 @@ def opened(layer: LayerCache | PagedLayer) -> LayerCache:
     if isinstance(layer, LayerCache):
         return layer
     return LayerCache(
-        layer.spec, layer.limit, layer.budget, dict(layer.streams), layer.positions, dict(layer.memory), layer.heads,
-        layer.queries, layer.query_positions, fill=layer.used, used=layer.used,
+        layer.spec, layer.codec, layer.limit, layer.budget, dict(layer.streams), layer.positions, dict(layer.memory),
+        layer.heads, layer.queries, layer.query_positions, fill=layer.used, used=layer.used,
     )  # fmt: skip
 
 
@@ -171,7 +175,7 @@ def closed(layer: LayerCache, layout: Pages, least: Int[torch.Tensor, "batch kv_
     room = torch.maximum(count, torch.as_tensor(least, dtype=torch.int32, device=count.device))
     layout = enough(layout, room)
     made = PagedLayer(
-        layer.spec, layer.limit, layer.budget, {}, layer.positions.flatten()[:0], {},
+        layer.spec, layer.codec, layer.limit, layer.budget, {}, layer.positions.flatten()[:0], {},
         first_places(xp, room, layout), count, layer.heads, layer.queries, layer.query_positions,
         layout, layer.slots, layer.used,
     )  # fmt: skip

@@ -1,0 +1,174 @@
+"""What every cache does with a codec: the names of its arrays, what attention reads of them, and what is refused.
+
+The tokens of a call attend to each other exactly. They are coded as they are appended, and from the next call on, and
+for the policy at once, they are what the codec gives back.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat.numpy
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from framework.arrays import Array, Namespace, device
+from framework.codec import Codec, Side, codecs, decoded
+from framework.errors import KvtwinError
+from framework.policy import Policy, policies
+from framework.spec import Layer, ModelSpec, Stream
+
+SIDES: tuple[Side, Side] = ("keys", "values")
+Streams = Mapping[str, Shaped[Array, "batch heads slots n"]]
+
+
+def check_codec(codec: Codec, policy: Policy, spec: ModelSpec) -> None:
+    """Raises where a codec cannot store what a model makes, or not under this policy."""
+    named, called = codecs.spelling(codec), policies.spelling(policy)
+    if codec.exact:
+        return
+    if policy.merges:
+        raise KvtwinError(
+            f"policy {called} blends what it evicts into stored slots, and codec {named} would have to code them "
+            "again; expected an exact one, as full()"
+        )
+    for index, layer in enumerate(spec.layers):
+        if layer.latent is not None:
+            raise KvtwinError(f"layer {index} has one latent stream; codec {named} expects keys and values")
+        if reason := codec.unfit(layer):
+            raise KvtwinError(f"codec {named} cannot code layer {index}: {reason}")
+        if codec.joint(layer) and policy.evicts and not policy.shared:
+            raise KvtwinError(
+                f"codec {named} codes the heads of layer {index} together, and policy {called} chooses for each head; "
+                "expected a policy that keeps one set for all heads, or another codec"
+            )
+
+
+def stored(
+    codec: Codec, xp: Namespace, layer: Layer, new: Mapping[str, Float[Array, "batch kv_heads slots width"]]
+) -> dict[str, Shaped[Array, "batch heads slots n"]]:
+    """Keys and values as a cache holds them: `keys.codes` and so on; one head for all where they are coded as one."""
+    if codec.exact:
+        return dict(new)
+    result: dict[str, Array] = {}
+    for side in SIDES:
+        x = xp.astype(new[side], xp.float32)
+        x = beside(xp, x) if codec.joint(layer) else x
+        result |= {f"{side}.{part}": value for part, value in codec.encode(xp, x, side).items()}
+    return result
+
+
+def layout(codec: Codec, layer: Layer) -> dict[str, tuple[Stream, np.dtype]]:
+    """The arrays of `stored`: their heads and width, and their dtype (of an exact codec, the model's own)."""
+    if codec.exact:
+        return {key: (one, np.dtype(np.float32)) for key, one in layer.streams.items()}
+    empty = np.zeros((1, layer.kv_heads, 1, layer.head_dim), np.float32)
+    made = stored(codec, array_api_compat.numpy, layer, dict.fromkeys(SIDES, empty))
+    return {key: (Stream(value.shape[1], value.shape[3]), value.dtype) for key, value in made.items()}
+
+
+def payload(key: str) -> bool:
+    """True for what is counted as payload; the other arrays of a codec count as scales."""
+    return "." not in key or key.endswith(".codes")
+
+
+def parts_of(streams: Mapping[str, Array], side: Side) -> dict[str, Array]:
+    """The parts of one side."""
+    start = f"{side}."
+    return {key.removeprefix(start): value for key, value in streams.items() if key.startswith(start)}
+
+
+def shown(
+    codec: Codec, xp: Namespace, layer: Layer, streams: Streams, side: Side, dtype: Any
+) -> Float[Array, "batch kv_heads slots width"]:
+    """Keys or values of all these slots, as the model sees them; of this dtype where they are coded."""
+    if codec.exact:
+        return streams[side]
+    x = decoded(codec, xp, parts_of(streams, side), side, dtype)
+    return apart(xp, x, layer.kv_heads) if codec.joint(layer) else x
+
+
+def uncoded(
+    codec: Codec, xp: Namespace, layer: Layer, new: Mapping[str, Array], made: Streams
+) -> Bool[Array, "kv_heads"]:
+    """True for the heads of which something is not finite, as it came or as it was coded."""
+    heads = xp.zeros(layer.kv_heads, dtype=xp.bool, device=device(new["keys"]))
+    for x in (*new.values(), *made.values()):
+        if xp.isdtype(x.dtype, "real floating"):
+            heads = heads | ~xp.all(xp.isfinite(x), axis=(0, 2, 3))
+    return heads
+
+
+def refused(codec: Codec, unfit: Sequence[Bool[Array, "kv_heads"]]) -> KvtwinError:
+    """What is raised where `uncoded` is true for some head of some layer."""
+    layer, head = next(
+        (index, heads.index(True)) for index, heads in enumerate(x.tolist() for x in unfit) if any(heads)
+    )
+    return KvtwinError(
+        f"codec {codecs.spelling(codec)} cannot code what layer {layer}, head {head} made: a key or value is not "
+        "finite, or too large for its scales; the call has no result, and its cache is spent: fork() before such calls"
+    )
+
+
+def beside(xp: Namespace, x: Float[Array, "batch kv_heads slots width"]) -> Float[Array, "batch 1 slots all"]:
+    """The vectors of a token's heads as one."""
+    x = xp.moveaxis(x, 1, 2)
+    return xp.reshape(x, (x.shape[0], 1, x.shape[1], -1))
+
+
+def apart(
+    xp: Namespace, x: Float[Array, "batch 1 slots all"], heads: int
+) -> Float[Array, "batch kv_heads slots width"]:
+    """`beside` undone."""
+    return xp.moveaxis(xp.reshape(x, (x.shape[0], x.shape[2], heads, -1)), 2, 1)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Coded keys and values of a layer, for attention to read block by block without an array of all of them.
+
+    What `block` gives is in a basis of the codec's own: queries come into it by `turned`, outputs out of it by
+    `returned`. `take` cuts a span of slots out of an array. `rotate` (keys of a block, and its span) is for keys that
+    are rotated only when they are read.
+    """
+
+    codec: Codec
+    xp: Namespace
+    layer: Layer
+    streams: Streams
+    rotate: Callable[[Array, Any], Array] | None = None
+    take: Callable[[Array, Any], Array] = lambda x, span: x[:, :, span]
+
+    def block(self, side: Side, span: Any, dtype: Any) -> tuple[Array, Array | None]:
+        """Vectors of these slots [batch kv_heads slots width], and their factors [batch kv_heads slots] (None: 1)."""
+        parts = {key: self.take(value, span) for key, value in parts_of(self.streams, side).items()}
+        if not self._whole(side):
+            x, scale = self.codec.read(self.xp, parts, side), self.codec.scale(self.xp, parts, side)
+            return self.xp.astype(x, dtype), None if scale is None else self.xp.astype(scale, dtype)
+        x = decoded(self.codec, self.xp, parts, side, dtype)
+        x = apart(self.xp, x, self.layer.kv_heads) if self._joint else x
+        return (x if self.rotate is None or side == "values" else self.rotate(x, span)), None
+
+    def turned(self, queries: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes head_dim"]:
+        """Queries in the basis of the keys' blocks."""
+        turn = self._turn("keys")
+        return queries if turn is None else self.xp.matmul(queries, self._matrix(turn.T, queries))
+
+    def returned(self, mixed: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
+        """Mixed values in the model's own basis."""
+        turn = self._turn("values")
+        return mixed if turn is None else self.xp.matmul(mixed, self._matrix(turn, mixed))
+
+    @property
+    def _joint(self) -> bool:
+        return self.codec.joint(self.layer)
+
+    def _whole(self, side: Side) -> bool:
+        """True: a block is decoded before it is used, since queries cannot take the turn over."""
+        return self._joint or (side == "keys" and self.rotate is not None)
+
+    def _turn(self, side: Side) -> np.ndarray | None:
+        return None if self._whole(side) else self.codec.turn(self.layer.head_dim, side)
+
+    def _matrix(self, turn: np.ndarray, like: Array) -> Array:
+        return self.xp.asarray(np.ascontiguousarray(turn), dtype=like.dtype, device=device(like))

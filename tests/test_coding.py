@@ -1,0 +1,328 @@
+"""Codecs in caches: what is read, what is exact, what moves, and what is refused, on three implementations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+
+import backends.flax.attention
+import backends.torch.attention
+from backends import backends as every_backend_there_is
+from framework.backend import Cache, Model
+from framework.codec import Codec, codecs
+from framework.coding import SIDES, shown, stored
+from framework.compare import TOLERANCE, drift
+from framework.errors import KvtwinError
+from framework.policy import policies
+from framework.snapshot import Snapshot
+from framework.spec import ModelSpec
+from framework.weights import Weights, random_weights
+from tests.twins import column, compilations, hybrid_spec, prompts, snapshot_drift, unchecked
+
+LENGTHS = (13, 16, 9)  # one compiled shape: flax lays prompts out in steps of 16 tokens
+STEPS = 9
+EXACT = TOLERANCE["float64"]
+slow_on_flax = pytest.mark.parametrize(
+    "backend", ["reference", "torch", pytest.param("flax", marks=pytest.mark.slow)]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned(Codec):
+    """A codec with every part of the contract: a factor, a turn, a width of its own, and heads together if asked."""
+
+    together: bool = False
+    turning: bool = True
+
+    def joint(self, layer: Any) -> bool:
+        return self.together
+
+    def encode(self, xp: Any, x: Any, side: Any) -> dict[str, Any]:
+        if self.turning:
+            x = xp.concat([x[..., 1:], -x[..., :1]], axis=-1)
+        scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
+        codes = xp.round(x / xp.where(scale == 0, 1.0, scale) * (60 if side == "keys" else 50))
+        return {"codes": xp.astype(codes, xp.int8), "scales": scale}
+
+    def read(self, xp: Any, parts: Any, side: Any) -> Any:
+        codes = xp.astype(parts["codes"], xp.float32)
+        return codes / xp.full_like(codes, 60 if side == "keys" else 50)
+
+    def scale(self, xp: Any, parts: Any, side: Any) -> Any:
+        return parts["scales"][..., 0]
+
+    def turn(self, width: int, side: Any) -> np.ndarray | None:
+        if not self.turning:
+            return None
+        back = np.roll(np.eye(width, dtype=np.float32), 1, axis=1)
+        back[-1] *= -1
+        return back
+
+    def bits(self, width: int, side: Any, itemsize: int) -> tuple[float, float]:
+        return 8.0 * width, 32.0
+
+
+SPELLED = f"{__file__}:Turned"
+TOYS = [f"{SPELLED}()", f"{SPELLED}(turning=False)"]
+TOGETHER = f"{SPELLED}(together=True)"
+REAL = [codecs.spelling(each) for name in codecs.names() for each in codecs.get(name).examples()]
+CODED = [each for each in REAL if not codecs.make(each).exact]
+
+
+def wide_spec() -> ModelSpec:
+    """`hybrid_spec` with heads of 64 channels, as most codecs want them."""
+    small = hybrid_spec()
+    layers = tuple(
+        replace(layer, head_dim=64, scale=0.125, rope=replace(layer.rope, dim=64)) for layer in small.layers
+    )
+    return replace(small, layers=layers)
+
+
+@cache
+def weights(seed: int = 3) -> Weights:
+    return random_weights(wide_spec(), seed, np.float32)
+
+
+@cache
+def model(backend: str, dtype: str = "float64") -> Model:
+    return every_backend_there_is.get(backend).build(wide_spec(), weights(), dtype)
+
+
+def rolling(
+    backend: str, policy: str, codec: str, steps: int = STEPS, lengths: Sequence[int] = LENGTHS, dtype: str = "float64"
+) -> tuple[list[np.ndarray], Cache]:  # fmt: skip
+    """Logits of a ragged prompt in two calls and of some steps, and the cache."""
+    runner = model(backend, dtype)
+    cache, text = runner.cache(policy, codec, len(lengths)), prompts(lengths)
+    first, cache = runner.step(text[:, :7], cache, logits="all", phase="prefill", evict=False)
+    second, cache = runner.step(text[:, 7:], cache, logits="all", phase="prefill")
+    found = [first, second]
+    for step in range(steps):
+        logits, cache = runner.step(column(step, lengths), cache)
+        found.append(logits)
+    return found, cache
+
+
+def with_new_ones_coded(held: Snapshot, before: np.ndarray, codec: Codec) -> Snapshot:
+    """An exact cache in which the tokens from position `before` on are what a codec gives back."""
+    layers = []
+    for spec, layer in zip(held.spec.layers, held.layers, strict=True):
+        made = stored(codec, xp, spec, layer.streams)
+        new = (layer.positions >= before[:, None, None])[..., None]
+        read = {side: shown(codec, xp, spec, made, side, np.float64) for side in SIDES}
+        layers.append(
+            replace(layer, streams={key: np.where(new, read[key], x) for key, x in layer.streams.items()})
+        )
+    return replace(held, layers=tuple(layers))
+
+
+# What these policies choose does not depend on whether keys and values of the call itself are coded already.
+SIMPLE = ["full()", "h2o(budget=9)", "window(budget=7, sinks=2, interval=3)"]
+SHARED = ["full()", "tova(budget=9)"]
+
+
+@pytest.mark.parametrize("policy", SIMPLE)
+@pytest.mark.parametrize("codec", TOYS)
+@slow_on_flax
+def test_a_call_is_exact_for_itself_and_coded_for_the_next(backend: str, codec: str, policy: str) -> None:
+    """An exact cache whose newest tokens are coded by hand after every call gives the same logits."""
+    found, _ = rolling(backend, policy, codec)
+    runner, made, text = model("reference"), codecs.make(codec), prompts(LENGTHS)
+    cache = runner.cache(policy, batch=3)
+    calls = [
+        (text[:, :7], False),
+        (text[:, 7:], True),
+        *((column(step, LENGTHS), True) for step in range(STEPS)),
+    ]
+    for number, (tokens, evict) in enumerate(calls):
+        before, phase = cache.seen, "prefill" if number < 2 else "decode"
+        logits, cache = runner.step(
+            tokens, cache, logits="all" if number < 2 else "last", phase=phase, evict=evict
+        )
+        assert drift(found[number], logits) <= EXACT
+        cache = runner.restore(with_new_ones_coded(cache.snapshot(), before, made))
+
+
+EVERY = [
+    *SIMPLE,
+    "snapkv(budget=9, window=3, kernel=3)",
+    "tova(budget=9)",
+    "adakv(budget=9, interval=3, policy=snapkv(window=3, kernel=3))",
+    "adakv(budget=20, floor=0.1, policy=h2o())",
+    "reposition(budget=8, interval=3, policy=h2o())",
+]
+FEW = ["h2o(budget=9)", "adakv(budget=9, interval=3, policy=snapkv(window=3, kernel=3))"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "policy", "codec"),
+    [
+        pytest.param(
+            backend, policy, codec, marks=[pytest.mark.slow] if backend == "flax" and policy not in FEW else []
+        )
+        for backend in ("torch", "flax")
+        for codec in TOYS[:1]
+        for policy in EVERY
+    ]
+    + [
+        pytest.param(backend, "full()", codec, marks=[pytest.mark.slow] if backend == "flax" else [])
+        for backend in ("torch", "flax")
+        for codec in CODED
+    ],
+)  # fmt: skip
+def test_backends_agree_with_the_reference(backend: str, policy: str, codec: str) -> None:
+    """Logits at every step, kept positions, and the codes themselves; ragged rows, a window, chunks."""
+    expected, theirs = rolling("reference", policy, codec)
+    found, ours = rolling(backend, policy, codec)
+    assert max(drift(one, other) for one, other in zip(found, expected, strict=True)) <= EXACT
+    assert snapshot_drift(ours, theirs) <= EXACT
+    assert all(
+        one.dtype == layer.streams[key].dtype
+        for saved, layer in zip(ours.snapshot().layers, theirs.snapshot().layers, strict=True)
+        for key, one in saved.streams.items()
+    )
+
+
+@pytest.mark.parametrize("policy", SHARED)
+@slow_on_flax
+def test_heads_that_are_coded_together(backend: str, policy: str) -> None:
+    expected, theirs = rolling("reference", policy, TOGETHER)
+    found, ours = rolling(backend, policy, TOGETHER)
+    apart, _ = rolling("reference", policy, TOYS[0])
+    assert max(drift(one, other) for one, other in zip(found, expected, strict=True)) <= EXACT
+    assert snapshot_drift(ours, theirs) <= EXACT
+    assert [x.shape[1] for x in ours.snapshot().layers[0].streams.values()] == [1] * 4
+    assert (
+        max(drift(one, other) for one, other in zip(found, apart, strict=True)) > 1e-4
+    )  # one scale for both
+
+
+@pytest.mark.parametrize("codec", [*TOYS[:1], *CODED])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_bytes_are_what_the_codec_says(backend: str, codec: str) -> None:
+    """Payload and scales per token, by the formula."""
+    _, cache = rolling(backend, "full()", codec, 2)
+    made, held, itemsize = codecs.make(codec), 0, 8
+    expected = np.zeros(2)
+    for layer, kept in zip(cache.spec.layers, cache.kept, strict=True):
+        held = int((kept >= 0).sum()) // layer.kv_heads
+        heads, width = (1, layer.kv_heads * 64) if made.joint(layer) else (layer.kv_heads, 64)
+        for side in SIDES:
+            expected += held * heads * np.array(made.bits(width, side, itemsize)) / 8
+    assert (cache.bytes.payload, cache.bytes.scales) == tuple(expected)
+
+
+@pytest.mark.parametrize("policy", ["h2o(budget=9)", FEW[1], "tova(budget=9)"])
+@slow_on_flax
+def test_a_cache_lives_on_as_another(backend: str, policy: str, tmp_path: Path) -> None:
+    """Forks, picked rows, and files read by the same and by another backend go on with the same logits and codes."""
+    codec = TOGETHER if "tova" in policy else TOYS[0]
+    runner = model(backend)
+    _, cache = rolling(backend, policy, codec, 2)
+    cache.save(tmp_path / "cache.safetensors")
+    restored = runner.restore(tmp_path / "cache.safetensors")
+    foreign = model("reference").restore(tmp_path / "cache.safetensors")
+    assert snapshot_drift(restored, cache) == 0.0
+    assert snapshot_drift(foreign, cache) == 0.0
+    forked, picked = cache.fork(), cache.rows([2, 0])
+    tokens = column(2, LENGTHS)
+    expected, after = runner.step(tokens, cache)
+    for each in (forked, restored, foreign):
+        found, each = (model("reference") if each is foreign else runner).step(tokens, each)
+        assert drift(found, expected) <= EXACT
+        assert snapshot_drift(each, after) <= EXACT
+    assert drift(runner.step(tokens[[2, 0]], picked)[0], expected[[2, 0]]) <= EXACT
+
+
+@slow_on_flax
+def test_tokens_are_taken_back(backend: str) -> None:
+    """As if they had never come; the window is longer than these texts."""
+    lengths, runner = (6, 8, 5), model(backend)
+    _, cache = rolling(backend, "full()", TOYS[0], 2, lengths)
+    straight = cache.fork()
+    _, longer = runner.step(column(2, lengths), cache)
+    assert snapshot_drift(longer.roll_back(1), straight) == 0.0
+
+
+@pytest.mark.parametrize("policy", ["full()", "h2o(budget=24)"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
+def test_blocks_of_slots_and_queries_mean_nothing(
+    backend: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Attention in short blocks, some of them not full, gives what the reference gives."""
+    lengths = (61, 80, 44)
+    module = getattr(backends, backend).attention
+    monkeypatch.setattr(module, "SPAN", 24)
+    monkeypatch.setattr(module, "BLOCK", 32)
+    with unchecked():
+        expected, theirs = rolling("reference", policy, TOYS[0], 3, lengths)
+        found, ours = rolling(backend, policy, TOYS[0], 3, lengths)
+    assert max(drift(one, other) for one, other in zip(found, expected, strict=True)) <= EXACT
+    assert snapshot_drift(ours, theirs) <= EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", CODED)
+def test_budgets_of_a_bucket_share_what_is_compiled(codec: str) -> None:
+    rolling("flax", "tova(budget=17)", codec, 2, dtype="float32")
+    with compilations() as seen:
+        rolling("flax", "tova(budget=19)", codec, 2, dtype="float32")
+    assert not seen
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 1), (1, 0)])
+@slow_on_flax
+def test_what_cannot_be_coded_is_an_error(backend: str, layer: int, head: int) -> None:
+    """It names the codec, the layer and the head."""
+    bad = {key: value.copy() for key, value in weights().items()}
+    bad[f"layers.{layer}.attention.value.weight"][64 * head + 5] = np.inf
+    runner = every_backend_there_is.get(backend).build(wide_spec(), bad, "float64")
+    with np.errstate(all="ignore"), pytest.raises(KvtwinError, match=rf"layer {layer}, head {head} made"):
+        runner.step(prompts(LENGTHS), runner.cache("full()", TOYS[0], 3))
+
+
+@pytest.mark.parametrize(
+    ("policy", "codec", "message"),
+    [
+        ("h2o(budget=9)", TOGETHER, "chooses for each head; expected a policy that keeps one set"),
+        ("kvmerger(budget=9)", TOYS[0], "blends what it evicts into stored slots"),
+        ("full()", "q4()", "no codec is called 'q4'"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "torch", "flax"])
+def test_what_does_not_go_together_is_refused(backend: str, policy: str, codec: str, message: str) -> None:
+    with pytest.raises(KvtwinError, match=message):
+        model(backend).cache(policy, codec)
+
+
+def test_a_file_whose_codes_have_another_form_is_refused(tmp_path: Path) -> None:
+    runner = model("torch")
+    _, cache = rolling("torch", "full()", TOYS[0], 1)
+    held = cache.snapshot()
+    codes = held.layers[1].streams["keys.codes"].astype(np.int16)
+    other = replace(held.layers[1], streams=held.layers[1].streams | {"keys.codes": codes})
+    replace(held, layers=(held.layers[0], other)).save(tmp_path / "cache.safetensors")
+    with pytest.raises(KvtwinError, match=r"1.stream.keys.codes has dtype int16; expected int8"):
+        runner.restore(tmp_path / "cache.safetensors")
+
+
+def test_a_policy_reads_what_the_model_will_read() -> None:
+    """key_norm under a codec that halves the keys of one channel keeps what it would keep of such keys."""
+    assert policies.make("key_norm(budget=9)").needs.keys
+    _, cache = rolling("reference", "key_norm(budget=9)", TOYS[0], 0)
+    held = cache.snapshot().layers[0]
+    spec = wide_spec().layers[0]
+    read = shown(codecs.make(TOYS[0]), xp, spec, held.streams, "keys", np.float64)
+    _, full = rolling("reference", "full()", TOYS[0], 0)
+    every = full.snapshot().layers[0]
+    norms = np.linalg.norm(shown(codecs.make(TOYS[0]), xp, spec, every.streams, "keys", np.float64), axis=-1)
+    for row in range(3):
+        for head in range(2):
+            lowest = np.argsort(norms[row, head, : LENGTHS[row]], kind="stable")[:9]
+            assert set(held.positions[row, head]) == set(lowest)
+    assert read.shape == (3, 2, 9, 64)
