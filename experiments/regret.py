@@ -6,6 +6,10 @@ oracles see the future, with the same number of tokens per head:
 
 - `step`: before each query the tokens that it attends to most, whatever was dropped before. No cache can do better.
 - `future`: what is dropped stays dropped; each time the tokens with least attention still to come go (after Belady).
+
+The second is also a policy, `oracle_future`, which keeps the same sets on every backend. It is greedy: over all queries
+a policy may do better, and then its regret is below 0. The first drops nothing for good, so that no cache can be built
+from it: it is an analysis only.
 """
 
 from dataclasses import dataclass
@@ -66,14 +70,19 @@ def oracle_step(attention: Attention, counts: np.ndarray, prompt: int) -> Kept:
     return _best(attention, np.broadcast_to(past, attention.shape), counts)
 
 
+def to_come(attention: Attention) -> Float[np.ndarray, "kv_heads queries tokens"]:
+    """What each query and those after it give to each token, in float32, as it is recorded for the policy."""
+    return np.cumsum(attention[:, ::-1], axis=1)[:, ::-1].astype(np.float32)
+
+
 def oracle_future(attention: Attention, counts: np.ndarray, prompt: int) -> Kept:
     """The tokens with most attention still to come, of those that were not dropped before."""
     heads, calls, tokens = attention.shape
-    to_come = np.cumsum(attention[:, ::-1], axis=1)[:, ::-1]
+    worth = to_come(attention)
     can = np.broadcast_to(np.arange(tokens) < prompt, (heads, tokens)).copy()
     kept = np.zeros(attention.shape, bool)
     for call in range(calls):
-        can = kept[:, call] = _best(to_come[:, call], can, counts[:, call])
+        can = kept[:, call] = _best(worth[:, call], can, counts[:, call])
         can = can.copy()
         can[:, prompt + call] = True
     return kept

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from experiments import catalogue, check, compare, demo, filters, generate, history, regret
+from experiments import catalogue, check, compare, demo, filters, generate, history, oracle, regret
 from framework.errors import KvtwinError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command("policies")(catalogue.command)
 app.command("filters")(filters.command)
 app.command("explain")(history.command)
 app.command("regret")(regret.command)
+app.command("oracle")(oracle.command)
 
 
 @app.callback()
