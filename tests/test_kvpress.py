@@ -17,7 +17,7 @@ import pytest
 
 from backends import backends
 from framework.backend import Decision, Model
-from tests.kvpress.models import CASES, CONFIGS, model, print_of, text
+from tests.kvpress.models import CASES, CONFIGS, QUESTION, model, print_of, text
 
 RECORDED = Path(__file__).parent / "kvpress" / "recorded.npz"
 BACKENDS = ("reference", "torch", "flax")
@@ -108,6 +108,8 @@ TWINS = {
     "pyramid_flat": Twin('pyramid(budget={}, beta=3, policy=snapkv(window=2, kernel=5, pooling="mean"))'),
     "chunkkv_knorm": Twin("chunked(budget={}, chunk=7, policy=key_norm())", "recorded", "other"),
     "chunkkv_keydiff": Twin("chunked(budget={}, chunk=10, policy=keydiff())", "recorded", "other"),
+    "finch": Twin("finch(budget={})", scores="other"),  # the weights of queries: has a test of its own
+    "finch_plain": Twin(f"snapkv(budget={{}}, window={QUESTION}, kernel=1)"),
     "simlayer": Twin("simlayer(budget={}, recent=19, threshold=0.4)", "all", "other"),
     "merging_knorm": Twin("merge(budget={}, policy=key_norm())"),
     "merging_fraction": Twin("merge(budget={}, threshold=0.3, share=0.75, policy=key_norm())"),
@@ -116,6 +118,7 @@ TWINS = {
 ROTATED = {
     "rerotated_streaming_llm": "window(budget={}, reposition=True)",
     "rerotated_snapkv": f"reposition(budget={{}}, policy={SNAPKV})",
+    "rerotated_finch": "reposition(budget={}, policy=finch())",
 }
 # Recorded, and not held against a policy by what is kept: why.
 APART = {
@@ -155,9 +158,12 @@ def built(backend: str, name: str) -> Model:
 
 
 def run(backend: str, name: str, length: int, policy: str) -> tuple[list[Decision], np.ndarray]:
-    """Our decisions about the prompt, one per layer, and the logits of the token behind it."""
+    """Our decisions about the prompt, one per layer, and the logits of the token behind it. Its last tokens are marked
+    as the question, which only finch reads."""
     one, tokens, found = built(backend, name), text(name, length), []
-    _, cached = one.step(tokens[:, :length], one.cache(policy), logits=None, decisions=found)
+    cached = one.cache(policy)
+    cached.mark(np.array([length - QUESTION]))
+    _, cached = one.step(tokens[:, :length], cached, logits=None, decisions=found)
     logits, _ = one.step(tokens[:, length:], cached)
     return found, logits[0, 0]
 
@@ -298,6 +304,31 @@ def non_causal(query: np.ndarray, key: np.ndarray, value: np.ndarray, chunk: int
     scores = np.pad(received * np.linalg.norm(value, axis=-1).T, ((0, 0), (1, 1)))
     scores = (scores[:, :-2] + scores[:, 1:-1] + scores[:, 2:]) / 3
     return (scores - scores.mean()) / scores.std(ddof=1)
+
+
+@pytest.mark.parametrize(("name", "length", "ratio"), CASES)
+def test_the_weights_of_the_queries_are_what_parts_finch(name: str, length: int, ratio: float) -> None:
+    """In plain NumPy: both weigh a query of the question by the tokens before it, we with its own, and the press takes
+    the mean where we take the sum."""
+    decisions, _ = run("reference", name, length, f"finch(budget={int(length * (1 - ratio))})")
+    taps: dict[str, np.ndarray] = {}
+    built("reference", name).step(text(name, length)[:, :length], logits=None, taps=taps)
+    before = np.arange(length - QUESTION, length)[:, None]
+    for layer, (ours, theirs) in enumerate(zip(decisions, recorded(name, length, "finch"), strict=True)):
+        query, key = (taps[f"layers.{layer}.attention.{what}_rotated"][0] for what in ("query", "key"))
+        kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        for kv_head in range(kv_heads):
+            given = np.zeros((QUESTION, length))
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                weights = np.exp(query[-QUESTION:, head] @ key[:, kv_head].T * query.shape[-1] ** -0.5)
+                weights = np.where(np.arange(length) <= before, weights, 0)
+                given += weights / weights.sum(-1, keepdims=True) / group
+            given = given[:, :-QUESTION]
+            right = (given * before).mean(0)
+            assert np.abs(right - theirs.scores[kv_head, :-QUESTION]).max() <= TOLERANCE * right.max()
+            right = (given * (before + 1)).sum(0)
+            found = ours.scores[0, kv_head, : length - QUESTION]
+            assert np.abs(right - found).max() <= TOLERANCE * right.max()
 
 
 @pytest.mark.parametrize("press", DEVIATIONS)

@@ -7,9 +7,9 @@ the context, question and answer, goes only when no context is left, the oldest 
 With `generate(evict="chunk")` the question is read behind each chunk before that is compressed, as in the paper. The
 paper also closes up the positions of what stays: `reposition(budget=512, policy=finch())`.
 
-Deviations: the paper's budget is for the context alone, and its answer may grow. kvpress' FinchPress weighs by one less
-than the query sees, and takes the mean over the queries, which orders tokens alike. At decode, which the paper leaves
-alone, the scores stay those of the question.
+Deviations: the paper's budget is for the context alone, and its answer may grow. kvpress' FinchPress takes the mean
+over the queries, which orders tokens alike, and weighs each by one less than it sees, which hardly changes the order.
+At decode, which the paper leaves alone, the scores stay those of the question.
 """
 
 from collections.abc import Mapping

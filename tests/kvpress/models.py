@@ -46,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # (model, tokens of the prompt, kvpress' compression ratio)
 CASES = [("llama", 61, 0.5), ("llama", 150, 0.75), ("qwen3", 61, 0.75), ("qwen3", 150, 0.5)]
+QUESTION = 9  # tokens at the end of a prompt, for presses that read it for a question
 SKETCH = 48
 SEED = 5
 
@@ -60,6 +61,11 @@ def text(name: str, length: int) -> np.ndarray:
     """Token ids [1, length + 1], a prompt and one token more, none twice: equal tokens have equal keys in layer 0."""
     random = np.random.default_rng([SEED, length])
     return random.permutation(CONFIGS[name]["vocab_size"])[: length + 1].astype(np.int32)[None]
+
+
+def delimiter(name: str, length: int) -> int:
+    """An id that the text does not have: FinchPress finds by it where the question begins, and takes it out."""
+    return min(set(range(CONFIGS[name]["vocab_size"])) - set(text(name, length)[0].tolist()))
 
 
 def sketches(name: str) -> list[np.ndarray]:
@@ -94,8 +100,9 @@ def main(folder: Path) -> None:
         write(folder / name, spec, weights)
         more = {f"text{length}": text(name, length) for one, length, _ in CASES if one == name}
         more |= {f"sketch{index}": each for index, each in enumerate(sketches(name))}
+        more |= {f"delimiter{length}": delimiter(name, length) for one, length, _ in CASES if one == name}
         np.savez(folder / f"{name}.npz", filters=filters(name), **more)
-    cases = {"cases": CASES, "prints": {name: print_of(name) for name in CONFIGS}}
+    cases = {"cases": CASES, "question": QUESTION, "prints": {name: print_of(name) for name in CONFIGS}}
     (folder / "cases.json").write_text(json.dumps(cases))
 
 

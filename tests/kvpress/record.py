@@ -86,9 +86,12 @@ PRESSES: dict[str, Callable[[float], Any]] = {
     "chunkkv_knorm": lambda r: kvpress.ChunkKVPress(kvpress.KnormPress(r), chunk_length=7),
     "chunkkv_snapkv": lambda r: kvpress.ChunkKVPress(snapkv(r), chunk_length=10),
     "chunkkv_keydiff": lambda r: kvpress.ChunkKVPress(kvpress.KeyDiffPress(r), chunk_length=10),
+    "finch": lambda r: kvpress.FinchPress(r, rerotate_keys=False),
+    "finch_plain": lambda r: kvpress.FinchPress(r, normalize_scores=False, rerotate_keys=False),
     "simlayer": lambda r: kvpress.SimLayerKVPress(lazy_threshold=0.4, n_recent=20),
     "rerotated_streaming_llm": lambda r: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(r)),
     "rerotated_snapkv": lambda r: kvpress.KeyRerotationPress(snapkv(r)),
+    "rerotated_finch": kvpress.FinchPress,
     "merging_knorm": lambda r: kvpress.MergingPress(kvpress.KnormPress(r)),
     "merging_fraction": lambda r: kvpress.MergingPress(
         kvpress.KnormPress(r), similarity_threshold=0.3, merge_fraction=0.75
@@ -169,15 +172,20 @@ def sketched(sketches: list[np.ndarray]) -> Iterator[None]:
         torch.randn = drawn
 
 
-def run(folder: Path, name: str, length: int, press: Any, eager: bool) -> Heard:
-    """One prompt through one press."""
+def run(folder: Path, name: str, length: int, press: Any, eager: bool, question: int) -> Heard:
+    """One prompt through one press; where the press asks for it, with a delimiter before the last tokens of it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / name, dtype=torch.float64, attn_implementation="eager" if eager else "sdpa"
     ).eval()
     data, heard = np.load(folder / f"{name}.npz"), Heard()
     tokens = torch.from_numpy(data[f"text{length}"].astype(np.int64))
     sketches = [data[f"sketch{index}"] for index in range(model.config.num_hidden_layers)]
-    cache, rotated = transformers.DynamicCache(), isinstance(press, kvpress.KeyRerotationPress)
+    cache = transformers.DynamicCache()
+    rotated = isinstance(press, kvpress.KeyRerotationPress) or getattr(press, "rerotate_keys", False)
+    if isinstance(press, kvpress.FinchPress):
+        press.delimiter_token_id = int(data[f"delimiter{length}"])
+        mark = torch.tensor([[press.delimiter_token_id]])
+        tokens = torch.cat([tokens[:, : length - question], mark, tokens[:, length - question :]], dim=1)
     if not rotated:  # re-rotated keys are not those of the prompt
         listen(press, heard)
     with torch.no_grad():
@@ -200,7 +208,7 @@ def main(folder: Path, path: Path) -> None:
         for what, press in made.items():
             key = f"{name}-{length}-{what}"
             try:
-                heard = run(folder, name, length, press, what in EAGER)
+                heard = run(folder, name, length, press, what in EAGER, told["question"])
             except (AssertionError, RuntimeError, ValueError) as error:
                 out[f"{key}-error"] = np.array(f"{type(error).__name__}: {error}")
                 print(key, out[f"{key}-error"])
