@@ -1,0 +1,86 @@
+"""ExLlamaV2's quantised cache: rotated keys and values in 4 or 8 bits, one scale for 32 numbers.
+
+A token's row of heads is cut into spans of 64 numbers. In a span the 32 numbers at even places and the 32 at odd ones
+are each rotated by the unscaled Hadamard matrix, in float16. A group is the numbers 0 to 31 of a rotated span, or its
+numbers 32 to 63; with m = 8 for 4 bits and m = 128 for 8, its scale is the largest absolute value over m, in float16,
+and a code is w / largest * m + m, in float16, rounded to the nearest integer and clipped to 0 .. 2m - 1: the largest
+positive number of a group comes back as (m - 1) / m of itself. A group of zeros has scale 0 and codes 0. A sum beyond
+float16 gives a scale that is not finite.
+
+Codes lie as they do there: a byte each, or two in a byte, the one at the even place low.
+
+Source: ExLlamaV2, cache_q.cuh. Deviations: what is read is code times scale, rotated back, in float32; ExLlamaV2 rounds
+each step to float16.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from framework.arrays import Array, Namespace
+from framework.codec import Codec, Parts, Side
+from framework.hadamard import blockwise, matrix, transform
+from framework.packing import pack, unpack
+from framework.rounding import narrow, quotient
+from framework.spec import Layer
+
+SPAN, GROUP, LANES = 64, 32, 16
+
+
+class Exl2(Codec):
+    """Base of the three caches, which say how many bits keys and values have."""
+
+    k_bits: ClassVar[int]
+    v_bits: ClassVar[int]
+
+    def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
+        axes, count = x.shape[:-1], x.shape[-1] // SPAN
+        spans = xp.reshape(narrow(xp, x, "float16"), (*axes, count, 2 * LANES, 2))
+        turned = transform(xp, xp.matrix_transpose(spans))  # [.. span parity lane]
+        halves = xp.moveaxis(
+            xp.reshape(turned, (*axes, count, 2, 2, LANES)), -2, -3
+        )  # [.. span half parity lane]
+        if self._bits(side) == 8:
+            halves = xp.matrix_transpose(halves)
+        groups = xp.reshape(halves, (*axes, 2 * count, GROUP))
+        largest = xp.max(xp.abs(groups), axis=-1, keepdims=True)
+        middle = 2.0 ** (self._bits(side) - 1)
+        ratio = xp.where((largest > 0) & xp.isfinite(largest), quotient(xp, groups, largest), -1.0)
+        codes = xp.clip(xp.round(ratio * middle + middle), 0.0, 2 * middle - 1)
+        packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
+        return {
+            "codes": xp.reshape(packed, (*axes, x.shape[-1] * self._bits(side) // 8)),
+            "scales": (largest * (1 / middle))[..., 0],
+        }
+
+    def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
+        """The rotated numbers; of 4 bits, in each group those at even places come before those at odd ones."""
+        bits, scales = self._bits(side), parts["scales"]
+        packed = xp.reshape(parts["codes"], (*scales.shape, GROUP * bits // 8))
+        codes = xp.astype(unpack(xp, packed, bits), xp.float32) - 2.0 ** (bits - 1)
+        groups = codes * xp.astype(scales, xp.float32)[..., None]
+        return xp.reshape(groups, (*scales.shape[:-1], scales.shape[-1] * GROUP))
+
+    def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"]:
+        span = np.kron(matrix(2 * LANES), np.eye(2, dtype=np.float32)) / (2 * LANES)
+        if self._bits(side) == 4:
+            span = span.reshape(2, LANES, 2, SPAN).swapaxes(1, 2).reshape(SPAN, SPAN)
+        return blockwise(span, width)
+
+    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+        return float(width * self._bits(side)), 16.0 * width / GROUP
+
+    def joint(self, layer: Layer) -> bool:
+        return layer.head_dim % SPAN != 0
+
+    def unfit(self, layer: Layer) -> str | None:
+        if layer.kv_heads * layer.head_dim % SPAN == 0:
+            return None
+        return (
+            f"{layer.kv_heads} kv heads of head_dim {layer.head_dim} are "
+            f"{layer.kv_heads * layer.head_dim} numbers; expected a multiple of {SPAN}"
+        )
+
+    def _bits(self, side: Side) -> int:
+        return self.k_bits if side == "keys" else self.v_bits

@@ -1,0 +1,55 @@
+"""Numbers rounded to fewer bits, with the same bytes from every library.
+
+XLA:CPU computes a product and a sum of it with one rounding, turns a division by a constant, or by a number that is
+the same along an axis, into a product with its reciprocal, and takes float32 numbers below 2^-126 for 0. What codes
+depend on is written so that none of it matters.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+
+from framework.arrays import Array, Namespace
+
+
+def dtype(xp: Namespace, name: str) -> Any:
+    """A dtype by name, also where NumPy itself lacks it."""
+    return getattr(xp, name, None) or getattr(ml_dtypes, name)
+
+
+def narrow(xp: Namespace, x: Float[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
+    """`x` in a narrower float dtype, to nearest with ties to even; what lies beyond it is infinite."""
+    with np.errstate(over="ignore"):
+        return xp.astype(x, dtype(xp, name))
+
+
+def quotient(xp: Namespace, x: Float[Array, "*axes"], by: Float[Array, "*#axes"]) -> Float[Array, "*axes"]:
+    """`x / by`, rounded once; 0 where `x` is 0."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        return x / xp.where(x == 0, 1.0, by)  # a choice for each number is not the same along any axis
+
+
+def byte_float(
+    xp: Namespace, x: Float[Array, "*axes"], mantissa: int, bias: int, nan: int
+) -> UInt8[Array, "*axes"]:
+    """Float32 as one byte: sign, exponent and `mantissa` bits, to nearest with ties to even.
+
+    No number may lie beyond the largest of the format: clip first. What is not finite becomes the code `nan`.
+    """
+    finite = xp.isfinite(x)
+    x = xp.where(finite, x, 0.0)
+    size = xp.abs(x)
+    word, cut = size.view(xp.int32), 23 - mantissa
+    word = word + ((word >> cut) & 1) + (2 ** (cut - 1) - 1)  # half a unit, less where the last bit is even
+    normal = (word >> cut) - ((127 - bias) << mantissa)
+    least = 2.0 ** (1 - bias)  # below it all numbers are equally far apart
+    small = xp.astype(xp.round(size * (2.0**mantissa / least)), xp.int32)
+    code = xp.where(size < least, small, normal) + xp.where(x.view(xp.int32) < 0, 128, 0)
+    return xp.astype(xp.where(finite, code, nan), xp.uint8)
+
+
+def upper_half(xp: Namespace, codes: UInt8[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """The float16 numbers whose upper byte is given and whose lower byte is 0, as float32."""
+    return xp.astype((xp.astype(codes, xp.int16) << 8).view(xp.float16), xp.float32)
