@@ -45,8 +45,9 @@ def byte_float(
     word = word + ((word >> cut) & 1) + (2 ** (cut - 1) - 1)  # half a unit, less where the last bit is even
     normal = (word >> cut) - ((127 - bias) << mantissa)
     least = 2.0 ** (1 - bias)  # below it all numbers are equally far apart
-    small = xp.astype(xp.round(size * (2.0**mantissa / least)), xp.int32)
-    code = xp.where(size < least, small, normal) + xp.where(x.view(xp.int32) < 0, 128, 0)
+    below = size < least
+    small = xp.astype(xp.round(xp.where(below, size, 0.0) * (2.0**mantissa / least)), xp.int32)
+    code = xp.where(below, small, normal) + xp.where(x.view(xp.int32) < 0, 128, 0)
     return xp.astype(xp.where(finite, code, nan), xp.uint8)
 
 

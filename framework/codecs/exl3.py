@@ -36,8 +36,9 @@ class Exl3(Codec):
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
-            if getattr(self, name) not in range(2, 9):
-                raise KvtwinError(f"exl3 has {name}={getattr(self, name)!r}; expected an integer from 2 to 8")
+            bits = getattr(self, name)
+            if not isinstance(bits, int) or not 2 <= bits <= 8:
+                raise KvtwinError(f"exl3 has {name}={bits!r}; expected an integer from 2 to 8")
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         axes, width, middle = x.shape[:-1], x.shape[-1], 2.0 ** (self._bits(side) - 1)
