@@ -22,7 +22,7 @@ from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
-from framework.rounding import narrow, quotient
+from framework.rounding import largest, narrow, quotient
 from framework.spec import Layer
 
 SPAN, GROUP, LANES = 64, 32, 16
@@ -44,14 +44,14 @@ class Exl2(Codec):
         if self._bits(side) == 8:
             halves = xp.matrix_transpose(halves)
         groups = xp.reshape(halves, (*axes, 2 * count, GROUP))
-        largest = xp.max(xp.abs(groups), axis=-1, keepdims=True)
+        most = largest(xp, groups)
         middle = 2.0 ** (self._bits(side) - 1)
-        ratio = xp.where((largest > 0) & xp.isfinite(largest), quotient(xp, groups, largest), -1.0)
+        ratio = xp.where((most > 0) & xp.isfinite(most), quotient(xp, groups, most), -1.0)
         codes = xp.clip(xp.round(ratio * middle + middle), 0.0, 2 * middle - 1)
         packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
         return {
             "codes": xp.reshape(packed, (*axes, x.shape[-1] * self._bits(side) // 8)),
-            "scales": (largest * (1 / middle))[..., 0],
+            "scales": (most * (1 / middle))[..., 0],
         }
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:

@@ -1,8 +1,8 @@
 """Numbers rounded to fewer bits, with the same bytes from every library.
 
 XLA:CPU computes a product and a sum of it with one rounding, turns a division by a constant, or by a number that is
-the same along an axis, into a product with its reciprocal, and takes float32 numbers below 2^-126 for 0. What codes
-depend on is written so that none of it matters.
+the same along an axis, into a product with its reciprocal, takes float32 numbers below 2^-126 for 0, and its maximum
+passes over NaN. What codes depend on is written so that none of it matters.
 """
 
 from typing import Any
@@ -23,6 +23,11 @@ def narrow(xp: Namespace, x: Float[Array, "*axes"], name: str) -> Shaped[Array, 
     """`x` in a narrower float dtype, to nearest with ties to even; what lies beyond it is infinite."""
     with np.errstate(over="ignore"):
         return xp.astype(x, dtype(xp, name))
+
+
+def largest(xp: Namespace, x: Float[Array, "*axes count"]) -> Float[Array, "*axes 1"]:
+    """The largest absolute value along the last axis; infinite where one of them is not finite."""
+    return xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.inf), axis=-1, keepdims=True)
 
 
 def quotient(xp: Namespace, x: Float[Array, "*axes"], by: Float[Array, "*#axes"]) -> Float[Array, "*axes"]:

@@ -20,7 +20,7 @@ from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
-from framework.rounding import narrow, quotient
+from framework.rounding import largest, narrow, quotient
 from framework.spec import Layer
 
 GROUP = 32
@@ -43,13 +43,13 @@ class Exl3(Codec):
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         axes, width, middle = x.shape[:-1], x.shape[-1], 2.0 ** (self._bits(side) - 1)
         groups = transform(xp, xp.reshape(x, (*axes, width // GROUP, GROUP))) * ROOT
-        largest = xp.max(xp.abs(groups), axis=-1, keepdims=True) + 1e-10
-        ratio = xp.where(xp.isfinite(largest), quotient(xp, groups, largest), 0.0)
+        most = largest(xp, groups) + 1e-10
+        ratio = xp.where(xp.isfinite(most), quotient(xp, groups, most), 0.0)
         codes = xp.clip(xp.floor(ratio * middle + middle), 0.0, 2 * middle - 1)
         packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
         return {
             "codes": xp.reshape(packed, (*axes, width * self._bits(side) // 8)),
-            "scales": narrow(xp, largest[..., 0], "float16"),
+            "scales": narrow(xp, most[..., 0], "float16"),
         }
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:

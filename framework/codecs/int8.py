@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
-from framework.rounding import quotient
+from framework.rounding import largest, quotient
 
 LEAST = 2.0**-100  # far above what XLA takes for 0
 
@@ -24,8 +24,8 @@ class Int8(Codec):
     """Codes from -127 to 127."""
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
-        largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-        scales = xp.where(largest < LEAST, 0.0, largest) * (1 / 127)
+        most = largest(xp, x)
+        scales = xp.where(most < LEAST, 0.0, most) * (1 / 127)
         usable = (scales > 0) & xp.isfinite(scales)
         codes = xp.round(quotient(xp, xp.where(usable, x, 0.0), scales))
         return {"codes": xp.astype(xp.clip(codes, -127.0, 127.0), xp.int8), "scales": scales}

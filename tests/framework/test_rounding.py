@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from framework.rounding import byte_float, dtype, narrow, quotient, upper_half
+from framework.rounding import byte_float, dtype, largest, narrow, quotient, upper_half
 
 
 def on_torch(f, *arrays):
@@ -46,6 +46,18 @@ def test_narrow_is_the_cast_of_numpy(name, library):
     made = RUNS[library](lambda xp, x: narrow(xp, x, name), x)
     np.testing.assert_array_equal(made.view(np.int16), expected.view(np.int16))
     assert dtype(array_api_compat.numpy, name) == expected.dtype
+
+
+@every_library
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_largest_does_not_pass_over_what_is_not_finite(kind, library):
+    x = np.random.default_rng(10).standard_normal((3 * 32, 32)).astype(kind)
+    expected = np.abs(x).max(axis=-1)
+    for place in range(32):  # in each place once
+        x[place, place], x[32 + place, place] = np.nan, -np.inf
+    expected[:64] = np.inf
+    made = RUNS[library](lambda xp, x: xp.where(largest(xp, x) < 0, 0.0, largest(xp, x)) * 1.0, x)
+    np.testing.assert_array_equal(made.view(kind)[:, 0], expected)
 
 
 @every_library

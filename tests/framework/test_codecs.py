@@ -1,0 +1,162 @@
+"""What every codec promises, through its `examples()`: parts by token, the same bytes everywhere, nothing hidden."""
+
+import array_api_compat.numpy
+import array_api_compat.torch
+import jax
+import jax.numpy
+import numpy as np
+import pytest
+
+from framework.codec import codecs, decode
+
+WIDTH, AXES = 128, (2, 3, 7)  # batch, kv_heads, slots
+SIDES = ("keys", "values")
+CASES = {
+    f"{codecs.spelling(each)}-{side}": (each, side)
+    for name in codecs.names()
+    for each in codecs.get(name).examples()
+    for side in SIDES
+}
+every_case = pytest.mark.parametrize(("codec", "side"), CASES.values(), ids=CASES)
+NUMPY = array_api_compat.numpy
+
+
+def plain(array):
+    """A NumPy array of the same bytes; float numbers of two bytes that NumPy lacks are shown as integers."""
+    if hasattr(array, "numpy"):
+        short = array.dtype == array_api_compat.torch.bfloat16
+        return (array.view(array_api_compat.torch.int16) if short else array).numpy()
+    array = np.asarray(array)
+    return array.view(np.int16) if array.dtype.name == "bfloat16" else array
+
+
+def on_torch(f, *given):
+    return jax.tree.map(
+        plain, f(array_api_compat.torch, *jax.tree.map(array_api_compat.torch.asarray, given))
+    )
+
+
+RUNS = {
+    "numpy": lambda f, *given: jax.tree.map(plain, f(NUMPY, *given)),
+    "torch": on_torch,
+    "jax": lambda f, *given: jax.tree.map(plain, f(jax.numpy, *jax.tree.map(jax.numpy.asarray, given))),
+    "jit": lambda f, *given: jax.tree.map(plain, jax.jit(lambda *x: f(jax.numpy, *x))(*given)),
+}
+
+
+def vectors(seed=1, slots=40):
+    """Vectors of many lengths, and of odd kinds: zeros, one number many times, denormals, one number far beyond."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((*AXES[:2], slots, WIDTH)).astype(np.float32)
+    x[1] *= np.exp2(random.integers(-12, 8, (3, slots, 1)))
+    x[0, 0, 0] = 0
+    x[0, 1, 1], x[0, 2, 2] = 1.7, -0.3
+    x[0, 0, 3] *= 1e-39
+    x[0, 1, 4] *= 1e-6
+    x[0, 2, 5, 40], x[1, 0, 6, 41] = 400, -400
+    x[1, 1, 7, :64] = 0
+    x[1, 2, 8] = np.round(x[1, 2, 8] * 4) / 4
+    return x
+
+
+def visible(codec, parts, side):
+    """True for each token of which a scale, or what is read, is not finite."""
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(decode(codec, NUMPY, parts, side)).all(-1)
+    for name, part in parts.items():
+        if name != "codes" and part.dtype.kind == "f":
+            finite &= np.isfinite(part).all(-1)
+    return ~finite
+
+
+@pytest.mark.parametrize("name", codecs.names())
+def test_a_codec_has_examples_spelled_as_they_are_made(name):
+    examples = codecs.get(name).examples()
+    assert examples
+    for each in examples:
+        assert codecs.make(codecs.spelling(each)) == each
+        assert hash(each) == hash(codecs.make(codecs.spelling(each)))
+
+
+@every_case
+def test_parts_have_one_entry_for_each_token(codec, side):
+    x = vectors()[..., : AXES[2], :64]
+    parts = codec.encode(NUMPY, x, side)
+    assert "codes" in parts
+    for part in parts.values():
+        assert part.shape[:-1] == AXES
+    read, scale, turn = codec.read(NUMPY, parts, side), codec.scale(NUMPY, parts, side), codec.turn(64, side)
+    assert (read.shape, read.dtype) == (x.shape, np.float32)
+    if scale is not None:
+        assert (scale.shape, scale.dtype) == (AXES, np.float32)
+    if turn is not None:
+        assert (turn.shape, turn.dtype) == ((64, 64), np.float32)
+
+
+@every_case
+def test_bits_are_what_the_parts_take(codec, side):
+    x = vectors()
+    parts = codec.encode(NUMPY, x, side)
+    codes, beside = codec.bits(WIDTH, side, x.itemsize)
+    assert parts["codes"].nbytes * 8 == codes * x[..., 0].size
+    others = sum(part.nbytes for name, part in parts.items() if name != "codes")
+    assert others * 8 == beside * x[..., 0].size
+
+
+@every_case
+def test_every_library_gives_the_same_bytes_and_reads_the_same(codec, side):
+    x = vectors()
+    expected = RUNS["numpy"](lambda xp, x: codec.encode(xp, x, side), x)
+    stored = codec.encode(NUMPY, x, side)
+    seen = decode(codec, NUMPY, stored, side)
+    for library in ("torch", "jax", "jit"):
+        made = RUNS[library](lambda xp, x: codec.encode(xp, x, side), x)
+        assert made.keys() == expected.keys()
+        for name, part in expected.items():
+            assert (made[name].dtype, made[name].shape) == (part.dtype, part.shape), (library, name)
+            assert made[name].tobytes() == part.tobytes(), (library, name)
+        both = RUNS[library](lambda xp, x: decode(codec, xp, codec.encode(xp, x, side), side), x)
+        np.testing.assert_allclose(
+            both, seen, rtol=1e-5, atol=1e-5 * np.abs(seen).max(-1).min(), err_msg=library
+        )
+
+
+@every_case
+def test_a_token_is_coded_alone(codec, side):
+    x = vectors()
+    whole = codec.encode(NUMPY, x, side)
+    piece = codec.encode(NUMPY, x[1:, :2, 3:9], side)
+    flat = codec.encode(NUMPY, x[1, 2, 8], side)
+    for name, part in whole.items():
+        assert piece[name].tobytes() == part[1:, :2, 3:9].tobytes(), name
+        assert flat[name].tobytes() == part[1, 2, 8].tobytes(), name
+
+
+@every_case
+def test_zeros_come_back_as_zeros(codec, side):
+    parts = codec.encode(NUMPY, np.zeros((*AXES, WIDTH), np.float32), side)
+    np.testing.assert_array_equal(decode(codec, NUMPY, parts, side), 0)
+
+
+@every_case
+def test_what_comes_back_is_near(codec, side):
+    x = vectors()[0, :, 10:]
+    parts = codec.encode(NUMPY, x, side)
+    error = decode(codec, NUMPY, parts, side) - x
+    assert np.sqrt((error**2).mean() / (x**2).mean()) < 0.4
+
+
+@pytest.mark.parametrize("library", RUNS)
+@every_case
+def test_what_is_not_finite_shows(codec, side, library):
+    x = vectors()[..., : AXES[2] + 5, :]
+    hidden = np.zeros(x.shape[:-1], bool)
+    for number, (row, head, slot, channel) in enumerate([(0, 1, 6, 0), (1, 0, 9, 77), (1, 2, 11, 127)]):
+        x[row, head, slot, channel] = (np.nan, np.inf, -np.inf)[number]
+        hidden[row, head, slot] = True
+    parts = RUNS[library](lambda xp, x: codec.encode(xp, x, side), x)
+    kinds = codec.encode(NUMPY, x, side)
+    parts = {
+        name: part.view(kinds[name].dtype) for name, part in parts.items()
+    }  # bfloat16 is shown as integers
+    np.testing.assert_array_equal(visible(codec, parts, side), hidden)
