@@ -25,6 +25,11 @@ def narrow(xp: Namespace, x: Float[Array, "*axes"], name: str) -> Shaped[Array, 
         return xp.astype(x, dtype(xp, name))
 
 
+def rounded(xp: Namespace, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """`x`, rounded before anything is made of it, also where it was computed in the same compiled function."""
+    return xp.where(x == x, x, -x)  # the choice reads x, which is rounded before it is made
+
+
 def largest(xp: Namespace, x: Float[Array, "*axes count"]) -> Float[Array, "*axes 1"]:
     """The largest absolute value along the last axis; infinite where one of them is not finite."""
     return xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.inf), axis=-1, keepdims=True)

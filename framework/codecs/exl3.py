@@ -20,7 +20,7 @@ from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
-from framework.rounding import largest, narrow, quotient
+from framework.rounding import largest, narrow, quotient, rounded
 from framework.spec import Layer
 
 GROUP = 32
@@ -42,7 +42,7 @@ class Exl3(Codec):
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         axes, width, middle = x.shape[:-1], x.shape[-1], 2.0 ** (self._bits(side) - 1)
-        groups = transform(xp, xp.reshape(x, (*axes, width // GROUP, GROUP))) * ROOT
+        groups = transform(xp, xp.reshape(rounded(xp, x), (*axes, width // GROUP, GROUP))) * ROOT
         most = largest(xp, groups) + 1e-10
         ratio = xp.where(xp.isfinite(most), quotient(xp, groups, most), 0.0)
         codes = xp.clip(xp.floor(ratio * middle + middle), 0.0, 2 * middle - 1)
