@@ -9,7 +9,7 @@ import jax.numpy
 import numpy as np
 import pytest
 
-from framework.codec import codecs, decode
+from framework.codec import codecs, decoded
 
 WIDTH, AXES = 128, (2, 3, 7)  # batch, kv_heads, slots
 SIDES = ("keys", "values")
@@ -41,7 +41,7 @@ def plain(array):
 def both_ways(xp, codec, side, x):
     """The parts of `x`, and what comes back."""
     parts = codec.encode(xp, x, side)
-    return parts, decode(codec, xp, parts, side)
+    return parts, decoded(codec, xp, parts, side, xp.float32)
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def vectors(seed=1, slots=40):
 def visible(codec, parts, side):
     """True for each token of which a scale, or what is read, is not finite."""
     with np.errstate(all="ignore"):
-        finite = np.isfinite(decode(codec, NUMPY, parts, side)).all(-1)
+        finite = np.isfinite(decoded(codec, NUMPY, parts, side, NUMPY.float32)).all(-1)
     for name, part in parts.items():
         if name != "codes" and part.dtype.kind == "f":
             finite &= np.isfinite(part).all(-1)
@@ -139,14 +139,14 @@ def test_a_token_is_coded_alone(codec, side):
 @every_case
 def test_zeros_come_back_as_zeros(codec, side):
     parts = codec.encode(NUMPY, np.zeros((*AXES, WIDTH), np.float32), side)
-    np.testing.assert_array_equal(decode(codec, NUMPY, parts, side), 0)
+    np.testing.assert_array_equal(decoded(codec, NUMPY, parts, side, NUMPY.float32), 0)
 
 
 @every_case
 def test_what_comes_back_is_near(codec, side):
     x = vectors()[0, :, 10:]
     parts = codec.encode(NUMPY, x, side)
-    error = decode(codec, NUMPY, parts, side) - x
+    error = decoded(codec, NUMPY, parts, side, NUMPY.float32) - x
     assert np.sqrt((error**2).mean() / (x**2).mean()) < 0.4
 
 
@@ -165,3 +165,18 @@ def test_what_is_not_finite_shows(codec, side, library):
         name: part.view(kinds[name].dtype) for name, part in parts.items()
     }  # bfloat16 is shown as integers
     np.testing.assert_array_equal(visible(codec, parts, side), hidden)
+
+
+@every_case
+def test_what_is_too_large_shows_in_an_array_of_floats(codec, side):
+    """So that a cache can refuse it without reading it."""
+    x = vectors()
+    for number, size in enumerate((7e4, 1e6, 1e20, 1e38)):
+        x[0, 1, 10 + number, 3 + number] = size
+        x[1, 2, 20 + number] *= size
+    with np.errstate(all="ignore"):
+        parts = codec.encode(NUMPY, x, side)
+        lost = ~np.isfinite(decoded(codec, NUMPY, parts, side, NUMPY.float32)).all(-1)
+    floats = [part for part in parts.values() if part.dtype.kind == "f"]
+    shows = ~np.all([np.isfinite(part).all(-1) for part in floats], axis=0) if floats else False
+    assert not (lost & ~shows).any()

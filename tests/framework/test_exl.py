@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framework.codec import codecs, decode
+from framework.codec import codecs, decoded
 from framework.errors import KvtwinError
 from framework.spec import Layer
 
@@ -20,6 +20,10 @@ EXL2 = {
 }
 every_exl2 = pytest.mark.parametrize(("name", "side"), [(name, side) for name in EXL2 for side in EXL2[name]])
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def comes_back(codec, parts, side):
+    return decoded(codec, xp, parts, side, SINGLE)
 
 
 def butterfly(lanes):
@@ -112,7 +116,7 @@ def test_exl2_stores_the_bytes_of_the_threads(name, side, width):
     x, bits = rows(width, width), EXL2[name][side]
     codec = codecs.make(name)
     parts = codec.encode(xp, x, side)
-    back = decode(codec, xp, parts, side)
+    back = comes_back(codec, parts, side)
     for place in np.ndindex(x.shape[:-1]):
         stored, scales, seen = exl2(x[place], bits)
         np.testing.assert_array_equal(parts["codes"][place], stored)
@@ -128,7 +132,7 @@ def test_exl3_stores_the_codes_of_the_formula(bits):
     codec = codecs.make(f"exl3(k_bits={bits}, v_bits={10 - bits})")
     for side, own in (("keys", bits), ("values", 10 - bits)):
         parts = codec.encode(xp, x, side)
-        back = decode(codec, xp, parts, side)
+        back = comes_back(codec, parts, side)
         for place in np.ndindex(x.shape[:-1]):
             stored, scales, seen = exl3(x[place], own)
             np.testing.assert_array_equal(parts["codes"][place], stored)
@@ -155,7 +159,7 @@ NOISE = {
 def test_white_noise_comes_back_with_the_known_error(name, side):
     x = np.random.default_rng(11).standard_normal((1, 2, 2000, 128)).astype(SINGLE)
     codec = codecs.make(name)
-    error = decode(codec, xp, codec.encode(xp, x, side), side) - x
+    error = comes_back(codec, codec.encode(xp, x, side), side) - x
     assert np.sqrt((error**2).mean() / (x**2).mean()) == pytest.approx(NOISE[name, side], rel=0.02)
 
 
@@ -165,7 +169,7 @@ def outlier(name, place=20, tokens=500):
     x = np.random.default_rng(12).standard_normal((1, 1, tokens, 64)).astype(SINGLE)
     x[..., place] = 400
     codec = codecs.make(name)
-    error = (decode(codec, xp, codec.encode(xp, x, "keys"), "keys") - x)[0, 0].astype(float)
+    error = (comes_back(codec, codec.encode(xp, x, "keys"), "keys") - x)[0, 0].astype(float)
     return error[:, place], error[:, 0], np.delete(error[:, :32], [0, place], axis=1)
 
 
@@ -194,7 +198,7 @@ def test_the_largest_positive_number_is_clipped_and_the_largest_negative_is_not(
     codec = codecs.make(name)
     for sign, kept in ((1, (middle - 1) / middle), (-1, 1)):
         x = np.full((1, 64), sign, SINGLE)  # rotated: 32 and zeros, in each parity
-        np.testing.assert_array_equal(decode(codec, xp, codec.encode(xp, x, side), side), kept * x)
+        np.testing.assert_array_equal(comes_back(codec, codec.encode(xp, x, side), side), kept * x)
 
 
 @every_exl2
@@ -230,7 +234,7 @@ def test_the_error_of_exl3_is_half_a_step(seed, exponent, spread, bits):
     x = np.clip(x, -1e4, 1e4).astype(SINGLE)
     codec = codecs.make(f"exl3(v_bits={bits})")
     parts = codec.encode(xp, x, "values")
-    error = np.linalg.norm((decode(codec, xp, parts, "values") - x).reshape(4, 3, 32), axis=-1)
+    error = np.linalg.norm((comes_back(codec, parts, "values") - x).reshape(4, 3, 32), axis=-1)
     scales = parts["scales"].astype(SINGLE)
     # In 32 places half a step, and the scale's own rounding; what float16 cannot hold is lost.
     assert (error <= math.sqrt(32) * (scales * (2.0**-bits + 2.0**-11) + 2.0**-25) * (1 + 1e-4)).all()
@@ -265,7 +269,7 @@ def test_coding_again_shrinks_what_was_read(name, least, most):
     x = np.random.default_rng(15).standard_normal((50, 64)).astype(SINGLE)
     codec = codecs.make(name)
     once = codec.encode(xp, x, "keys")
-    twice = codec.encode(xp, decode(codec, xp, once, "keys"), "keys")
+    twice = codec.encode(xp, comes_back(codec, once, "keys"), "keys")
     ratio = twice["scales"].astype(float) / once["scales"].astype(float)
     assert ratio.min() == pytest.approx(least, abs=2e-3)
     assert ratio.max() == pytest.approx(most, abs=2e-3)
