@@ -61,6 +61,12 @@ class Codec(ABC):
         """True: the vectors of all heads of a token are coded as one, and policies that choose per head are refused."""
         return False
 
+    @property
+    def unbiased(self) -> bool:
+        """True: keys come without the bias of their projection, rotated as they are, and get it back when they are
+        read."""
+        return False
+
     def unfit(self, layer: Layer) -> str | None:
         """Why the vectors of a layer cannot be coded: what came and what is expected; None where they can."""
         return None

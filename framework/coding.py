@@ -37,6 +37,11 @@ def check_codec(codec: Codec, policy: Policy, spec: ModelSpec) -> None:
             raise KvtwinError(f"layer {index} has one latent stream; codec {named} expects keys and values")
         if reason := codec.unfit(layer):
             raise KvtwinError(f"codec {named} cannot code layer {index}: {reason}")
+        if codec.unbiased and (not spec.qkv_bias or spec.query_key_norm):
+            raise KvtwinError(
+                f"codec {named} takes the bias out of the keys, and the keys of this {spec.family} have "
+                f"{'a norm behind it' if spec.query_key_norm else 'none'}; expected the codec inside alone"
+            )
         if codec.joint(layer) and policy.evicts and not policy.shared:
             raise KvtwinError(
                 f"codec {named} codes the heads of layer {index} together, and policy {called} chooses for each head; "
@@ -92,9 +97,10 @@ def uncoded(
     codec: Codec, xp: Namespace, layer: Layer, new: Mapping[str, Array], made: Streams
 ) -> Bool[Array, "kv_heads"]:
     """True for the heads of which something is not finite, as it came or as it was coded."""
+    whole = (xp.int8, xp.uint8, xp.int16, xp.int32)  # NumPy's isdtype does not know bfloat16
     heads = xp.zeros(layer.kv_heads, dtype=xp.bool, device=device(new["keys"]))
     for x in (*new.values(), *made.values()):
-        if xp.isdtype(x.dtype, "real floating"):
+        if x.dtype not in whole:
             heads = heads | ~xp.all(xp.isfinite(x), axis=(0, 2, 3))
     return heads
 
@@ -128,15 +134,15 @@ class Coded:
     """Coded keys and values of a layer, for attention to read block by block without an array of all of them.
 
     What `block` gives is in a basis of the codec's own: queries come into it by `turned`, outputs out of it by
-    `returned`. `take` cuts a span of slots out of an array. `rotate` (keys of a block, and its span) is for keys that
-    are rotated only when they are read.
+    `returned`. `take` cuts a span of slots out of an array. `finish` (keys of a block, and its span) is for keys that
+    get their bias back, or are rotated, only when they are read.
     """
 
     codec: Codec
     xp: Namespace
     layer: Layer
     streams: Streams
-    rotate: Callable[[Array, Any], Array] | None = None
+    finish: Callable[[Array, Any], Array] | None = None
     take: Callable[[Array, Any], Array] = lambda x, span: x[:, :, span]
 
     def block(self, side: Side, span: Any, dtype: Any) -> tuple[Array, Array | None]:
@@ -147,7 +153,7 @@ class Coded:
             return self.xp.astype(x, dtype), None if scale is None else self.xp.astype(scale, dtype)
         x = decoded(self.codec, self.xp, parts, side, dtype)
         x = apart(self.xp, x, self.layer.kv_heads) if self._joint else x
-        return (x if self.rotate is None or side == "values" else self.rotate(x, span)), None
+        return (x if self.finish is None or side == "values" else self.finish(x, span)), None
 
     def turned(self, queries: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes head_dim"]:
         """Queries in the basis of the keys' blocks."""
@@ -165,7 +171,7 @@ class Coded:
 
     def _whole(self, side: Side) -> bool:
         """True: a block is decoded before it is used, since queries cannot take the turn over."""
-        return self._joint or (side == "keys" and self.rotate is not None)
+        return self._joint or (side == "keys" and self.finish is not None)
 
     def _turn(self, side: Side) -> np.ndarray | None:
         return None if self._whole(side) else self.codec.turn(self.layer.head_dim, side)

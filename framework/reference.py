@@ -451,7 +451,7 @@ class ReferenceModel(Model):
                     received[visible] += weights / layer.group
             sums.append(received)
         if not cache.codec.exact:
-            self._code(cache.codec, index, row.heads[index], k, v)
+            self._code(cache, index, row.heads[index], positions, k, v)
         asked = policy.needs.queries
         if asked and phase != "pass":
             fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
@@ -462,10 +462,13 @@ class ReferenceModel(Model):
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
         return mixed, sums
 
-    def _code(self, codec: Codec, index: int, heads: list[Head], k: np.ndarray, v: np.ndarray) -> None:
+    def _code(
+        self, cache: ReferenceCache, index: int, heads: list[Head], positions: Any, k: np.ndarray, v: np.ndarray
+    ) -> None:  # fmt: skip
         """Code the newest tokens of a layer, which from now on are what the codec gives back."""
-        layer = self.spec.layers[index]
-        new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k), ("values", v))}
+        codec, layer = cache.codec, self.spec.layers[index]
+        bias = self._bias(cache, index, positions)
+        new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k - bias), ("values", v))}
         made = stored(codec, xp, layer, new)
         unfit = uncoded(codec, xp, layer, new, made)
         if unfit.any():
@@ -473,9 +476,20 @@ class ReferenceModel(Model):
         for side in SIDES:
             read = shown(codec, xp, layer, made, side, np.float64)
             for number, head in enumerate(heads):
-                head.streams[side][len(head.positions) - len(k) :] = read[0, number]
+                own = read[0, number] + (bias[:, number] if side == "keys" else 0)
+                head.streams[side][len(head.positions) - len(k) :] = own
         for number, head in enumerate(heads):
             head.coded = {key: np.concatenate([old, made[key][0, number]]) for key, old in head.coded.items()}
+
+    def _bias(self, cache: ReferenceCache, index: int, positions: np.ndarray) -> np.ndarray:
+        """The key bias [tokens kv_heads head_dim] that a codec leaves out, rotated as the cache's keys are; else 0."""
+        layer = self.spec.layers[index]
+        shape = (len(positions), layer.kv_heads, layer.head_dim)
+        if not cache.codec.unbiased:
+            return np.zeros(shape)
+        bias = self.weights[f"layers.{index}.attention.key.bias"]
+        bias = np.broadcast_to(bias.reshape(layer.kv_heads, layer.head_dim), shape)
+        return bias if cache.policy.repositions else turned(layer.rope, cache.length, bias, positions)
 
     def _view(
         self, cache: ReferenceCache, number: int, index: int, sums: list, block: Block, phase: Any
@@ -630,6 +644,8 @@ class ReferenceModel(Model):
                 row.heads[number] = [
                     _head_of(layer, streams, index, head, cache.codec.exact) for head in range(own.kv_heads)
                 ]
+                for which, head in enumerate(row.heads[number] if cache.codec.unbiased else ()):
+                    head.streams["keys"] += self._bias(cache, number, head.positions)[:, which]
                 if layer.queries is not None and layer.query_positions is not None:
                     row.queries[number] = layer.queries[index].astype(np.float64)
                     row.query_positions[number] = layer.query_positions[index]

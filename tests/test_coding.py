@@ -15,6 +15,7 @@ import backends.torch.attention
 from backends import backends as every_backend_there_is
 from framework.backend import Cache, Model
 from framework.codec import Codec, codecs
+from framework.codecs.unbias import Unbias
 from framework.coding import SIDES, shown, stored
 from framework.compare import TOLERANCE, drift
 from framework.errors import KvtwinError
@@ -45,13 +46,12 @@ class Turned(Codec):
     def encode(self, xp: Any, x: Any, side: Any) -> dict[str, Any]:
         if self.turning:
             x = xp.concat([x[..., 1:], -x[..., :1]], axis=-1)
-        scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
-        codes = xp.round(x / xp.where(scale == 0, 1.0, scale) * (60 if side == "keys" else 50))
-        return {"codes": xp.astype(codes, xp.int8), "scales": scale}
+        most, steps = xp.max(xp.abs(x), axis=-1, keepdims=True), 60 if side == "keys" else 50
+        codes = xp.round(x / xp.where(most == 0, 1.0, most) * steps)
+        return {"codes": xp.astype(codes, xp.int8), "scales": most * float(np.float32(1 / steps))}
 
     def read(self, xp: Any, parts: Any, side: Any) -> Any:
-        codes = xp.astype(parts["codes"], xp.float32)
-        return codes / xp.full_like(codes, 60 if side == "keys" else 50)
+        return xp.astype(parts["codes"], xp.float32)
 
     def scale(self, xp: Any, parts: Any, side: Any) -> Any:
         return parts["scales"][..., 0]
@@ -67,20 +67,19 @@ class Turned(Codec):
         return 8.0 * width, 32.0
 
 
-SPELLED = f"{__file__}:Turned"
-TOYS = [f"{SPELLED}()", f"{SPELLED}(turning=False)"]
-TOGETHER = f"{SPELLED}(together=True)"
-REAL = [codecs.spelling(each) for name in codecs.names() for each in codecs.get(name).examples()]
-CODED = [each for each in REAL if not codecs.make(each).exact]
+TOYS = [Turned(), Turned(turning=False), Unbias(codec=Turned())]
+TOGETHER = Turned(together=True)
+REAL = [each for name in codecs.names() for each in codecs.get(name).examples()]
+CODED = [each for each in REAL if not each.exact]
 
 
 def wide_spec() -> ModelSpec:
-    """`hybrid_spec` with heads of 64 channels, as most codecs want them."""
+    """`hybrid_spec` with heads of 64 channels, as most codecs want them, and biases."""
     small = hybrid_spec()
     layers = tuple(
         replace(layer, head_dim=64, scale=0.125, rope=replace(layer.rope, dim=64)) for layer in small.layers
     )
-    return replace(small, layers=layers)
+    return replace(small, layers=layers, qkv_bias=True)
 
 
 @cache
@@ -94,7 +93,8 @@ def model(backend: str, dtype: str = "float64") -> Model:
 
 
 def rolling(
-    backend: str, policy: str, codec: str, steps: int = STEPS, lengths: Sequence[int] = LENGTHS, dtype: str = "float64"
+    backend: str, policy: str, codec: Codec | str, steps: int = STEPS, lengths: Sequence[int] = LENGTHS,
+    dtype: str = "float64",
 ) -> tuple[list[np.ndarray], Cache]:  # fmt: skip
     """Logits of a ragged prompt in two calls and of some steps, and the cache."""
     runner = model(backend, dtype)
@@ -108,16 +108,28 @@ def rolling(
     return found, cache
 
 
+def key_bias(index: int, positions: np.ndarray) -> np.ndarray:
+    """The bias of the key projection, each pair of channels turned by its own angle at these positions."""
+    bias = weights()[f"layers.{index}.attention.key.bias"].astype(np.float64).reshape(1, 2, 1, 64)
+    result = np.zeros((*positions.shape, 64))
+    for pair in range(32):
+        angle = np.maximum(positions, 0) * 500.0 ** (-2 * pair / 64)
+        one, other = bias[..., pair], bias[..., pair + 32]
+        result[..., pair] = one * np.cos(angle) - other * np.sin(angle)
+        result[..., pair + 32] = other * np.cos(angle) + one * np.sin(angle)
+    return result
+
+
 def with_new_ones_coded(held: Snapshot, before: np.ndarray, codec: Codec) -> Snapshot:
     """An exact cache in which the tokens from position `before` on are what a codec gives back."""
     layers = []
-    for spec, layer in zip(held.spec.layers, held.layers, strict=True):
-        made = stored(codec, xp, spec, layer.streams)
+    for index, (spec, layer) in enumerate(zip(held.spec.layers, held.layers, strict=True)):
+        left = {"keys": key_bias(index, layer.positions) * codec.unbiased, "values": 0}
+        made = stored(codec, xp, spec, {key: x - left[key] for key, x in layer.streams.items()})
         new = (layer.positions >= before[:, None, None])[..., None]
-        read = {side: shown(codec, xp, spec, made, side, np.float64) for side in SIDES}
-        layers.append(
-            replace(layer, streams={key: np.where(new, read[key], x) for key, x in layer.streams.items()})
-        )
+        read = {side: shown(codec, xp, spec, made, side, np.float64) + left[side] for side in SIDES}
+        streams = {key: np.where(new, read[key], x) for key, x in layer.streams.items()}
+        layers.append(replace(layer, streams=streams))
     return replace(held, layers=tuple(layers))
 
 
@@ -127,12 +139,14 @@ SHARED = ["full()", "tova(budget=9)"]
 
 
 @pytest.mark.parametrize("policy", SIMPLE)
-@pytest.mark.parametrize("codec", TOYS)
+@pytest.mark.parametrize("codec", TOYS, ids=str)
 @slow_on_flax
-def test_a_call_is_exact_for_itself_and_coded_for_the_next(backend: str, codec: str, policy: str) -> None:
+def test_a_call_is_exact_for_itself_and_coded_for_the_next(
+    backend: str, codec: Codec | str, policy: str
+) -> None:
     """An exact cache whose newest tokens are coded by hand after every call gives the same logits."""
     found, _ = rolling(backend, policy, codec)
-    runner, made, text = model("reference"), codecs.make(codec), prompts(LENGTHS)
+    runner, text = model("reference"), prompts(LENGTHS)
     cache = runner.cache(policy, batch=3)
     calls = [
         (text[:, :7], False),
@@ -145,7 +159,7 @@ def test_a_call_is_exact_for_itself_and_coded_for_the_next(backend: str, codec: 
             tokens, cache, logits="all" if number < 2 else "last", phase=phase, evict=evict
         )
         assert drift(found[number], logits) <= EXACT
-        cache = runner.restore(with_new_ones_coded(cache.snapshot(), before, made))
+        cache = runner.restore(with_new_ones_coded(cache.snapshot(), before, codec))
 
 
 EVERY = [
@@ -159,23 +173,20 @@ EVERY = [
 FEW = ["h2o(budget=9)", "adakv(budget=9, interval=3, policy=snapkv(window=3, kernel=3))"]
 
 
+AGREE = [
+    *((policy, codec) for codec in (TOYS[0], TOYS[2]) for policy in EVERY),
+    *(("tova(budget=9)", codec) for codec in CODED),
+]
+FAST = [(FEW[0], TOYS[0]), (FEW[1], TOYS[2])]  # of the compiled ones
+
+
 @pytest.mark.parametrize(
     ("backend", "policy", "codec"),
-    [
-        pytest.param(
-            backend, policy, codec, marks=[pytest.mark.slow] if backend == "flax" and policy not in FEW else []
-        )
-        for backend in ("torch", "flax")
-        for codec in TOYS[:1]
-        for policy in EVERY
-    ]
-    + [
-        pytest.param(backend, "full()", codec, marks=[pytest.mark.slow] if backend == "flax" else [])
-        for backend in ("torch", "flax")
-        for codec in CODED
-    ],
-)  # fmt: skip
-def test_backends_agree_with_the_reference(backend: str, policy: str, codec: str) -> None:
+    [("torch", *each) for each in AGREE]
+    + [pytest.param("flax", *each, marks=[] if each in FAST else [pytest.mark.slow]) for each in AGREE],
+    ids=str,
+)
+def test_backends_agree_with_the_reference(backend: str, policy: str, codec: Codec | str) -> None:
     """Logits at every step, kept positions, and the codes themselves; ragged rows, a window, chunks."""
     expected, theirs = rolling("reference", policy, codec)
     found, ours = rolling(backend, policy, codec)
@@ -202,18 +213,18 @@ def test_heads_that_are_coded_together(backend: str, policy: str) -> None:
     )  # one scale for both
 
 
-@pytest.mark.parametrize("codec", [*TOYS[:1], *CODED])
+@pytest.mark.parametrize("codec", [*TOYS[:1], *CODED], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_bytes_are_what_the_codec_says(backend: str, codec: str) -> None:
+def test_bytes_are_what_the_codec_says(backend: str, codec: Codec | str) -> None:
     """Payload and scales per token, by the formula."""
     _, cache = rolling(backend, "full()", codec, 2)
-    made, held, itemsize = codecs.make(codec), 0, 8
+    held, itemsize = 0, 8
     expected = np.zeros(2)
     for layer, kept in zip(cache.spec.layers, cache.kept, strict=True):
         held = int((kept >= 0).sum()) // layer.kv_heads
-        heads, width = (1, layer.kv_heads * 64) if made.joint(layer) else (layer.kv_heads, 64)
+        heads, width = (1, layer.kv_heads * 64) if codec.joint(layer) else (layer.kv_heads, 64)
         for side in SIDES:
-            expected += held * heads * np.array(made.bits(width, side, itemsize)) / 8
+            expected += held * heads * np.array(codec.bits(width, side, itemsize)) / 8
     assert (cache.bytes.payload, cache.bytes.scales) == tuple(expected)
 
 
@@ -267,8 +278,8 @@ def test_blocks_of_slots_and_queries_mean_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", CODED)
-def test_budgets_of_a_bucket_share_what_is_compiled(codec: str) -> None:
+@pytest.mark.parametrize("codec", CODED, ids=str)
+def test_budgets_of_a_bucket_share_what_is_compiled(codec: Codec | str) -> None:
     rolling("flax", "tova(budget=17)", codec, 2, dtype="float32")
     with compilations() as seen:
         rolling("flax", "tova(budget=19)", codec, 2, dtype="float32")
@@ -295,7 +306,9 @@ def test_what_cannot_be_coded_is_an_error(backend: str, layer: int, head: int) -
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "torch", "flax"])
-def test_what_does_not_go_together_is_refused(backend: str, policy: str, codec: str, message: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    backend: str, policy: str, codec: Codec | str, message: str
+) -> None:
     with pytest.raises(KvtwinError, match=message):
         model(backend).cache(policy, codec)
 
@@ -317,10 +330,10 @@ def test_a_policy_reads_what_the_model_will_read() -> None:
     _, cache = rolling("reference", "key_norm(budget=9)", TOYS[0], 0)
     held = cache.snapshot().layers[0]
     spec = wide_spec().layers[0]
-    read = shown(codecs.make(TOYS[0]), xp, spec, held.streams, "keys", np.float64)
+    read = shown(TOYS[0], xp, spec, held.streams, "keys", np.float64)
     _, full = rolling("reference", "full()", TOYS[0], 0)
     every = full.snapshot().layers[0]
-    norms = np.linalg.norm(shown(codecs.make(TOYS[0]), xp, spec, every.streams, "keys", np.float64), axis=-1)
+    norms = np.linalg.norm(shown(TOYS[0], xp, spec, every.streams, "keys", np.float64), axis=-1)
     for row in range(3):
         for head in range(2):
             lowest = np.argsort(norms[row, head, : LENGTHS[row]], kind="stable")[:9]

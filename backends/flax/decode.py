@@ -26,6 +26,7 @@ from backends.flax.layer import (
     Plan,
     append,
     append_one,
+    bias_at,
     compacted,
     observe,
     opened,
@@ -116,11 +117,31 @@ def _project(
     return q.reshape(grouped), k, v, (raw, h)
 
 
+def _inside(decoder: "Decoder", plan: Plan, given: Given) -> Given:
+    """What a compiled function was given, with what it takes from the parameters."""
+    given = jax.tree.map(jnp.asarray, given)
+    if not plan.codec.unbiased:
+        return given
+    pairs = zip(decoder.layers, plan.spec.layers, strict=True)
+    return replace(
+        given,
+        biases=[block.attention.key.bias[...].reshape(layer.kv_heads, -1) for block, layer in pairs],
+    )
+
+
 def _coded(
-    plan: Plan, index: int, new: dict[str, jax.Array], unfit: list[jax.Array]
+    plan: Plan,
+    index: int,
+    given: Given,
+    positions: jax.Array,
+    new: dict[str, jax.Array],
+    unfit: list[jax.Array],
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """Keys and values as the layer holds them, and `State.unfit` with what could not be coded of them."""
     codec, layer = plan.codec, plan.spec.layers[index]
+    if given.biases is not None:
+        spread = jnp.broadcast_to(positions[:, None], new["keys"].shape[:3])
+        new = new | {"keys": new["keys"] - bias_at(plan, index, given, spread)}
     made = stored(codec, jnp, layer, new)
     if codec.exact:
         return made, unfit
@@ -163,7 +184,13 @@ def _mixed(
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
     layer, codec, sums = plan.spec.layers[index], plan.codec, plan.policy.needs.sums
-    keys, turn = held.streams["keys"] if codec.exact else new["keys"], None
+    keys, finish = held.streams["keys"] if codec.exact else new["keys"], None
+    if given.biases is not None:
+        added = bias_at(plan, index, given, held.positions)
+
+        def finish(block: jax.Array, span: Any) -> jax.Array:
+            return block + cut(added, span)
+
     if layer.rope is not None and plan.policy.repositions:
         table = given.tables[layer.rope]
         rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
@@ -171,12 +198,13 @@ def _mixed(
         keys = rotate(keys, rank if codec.exact else own, table)
         q = rotate(q, own[:, :, None], table)
 
-        def turn(block: jax.Array, span: Any) -> jax.Array:
+        def finish(block: jax.Array, span: Any) -> jax.Array:
+            block = block if given.biases is None else block + cut(added, span)
             return rotate(block, cut(rank, span), table)
 
     if codec.exact:
         return attention(q, keys, held.streams["values"], positions, held.positions, layer, sums)
-    coded = Coded(codec, jnp, layer, held.streams, turn, cut)
+    coded = Coded(codec, jnp, layer, held.streams, finish, cut)
     old = first if isinstance(first, int) else held.slots
     return coded_attention(q, keys, new["values"], coded, positions, held.positions, layer, old, sums)
 
@@ -194,6 +222,12 @@ def _mixed_in_pages(
         for side in SIDES:
             own = new[side].reshape(-1, 1, layer.head_dim)[owner]
             old = decoded(codec, jnp, parts_of(streams, side), side, own.dtype)
+            if given.biases is not None and side == "keys":
+                spread = jnp.broadcast_to(
+                    positions[:, None], (len(owner), layer.kv_heads, positions.shape[1])
+                )
+                every = bias_at(plan, index, given, spread)
+                old = old + every[jnp.arange(len(owner)), owner % layer.kv_heads]
             streams[side] = jnp.where(mine, own, old)
     keys = streams["keys"]
     if layer.rope is not None and policy.repositions:
@@ -322,7 +356,7 @@ def advance(
     logits, state, and what was asked for: decisions (`record`) and the policy's statistics of each layer (`measure`).
     """
     decoder = bones.decoder(leaves)
-    tokens, given = jnp.asarray(tokens), jax.tree.map(jnp.asarray, given)
+    tokens, given = jnp.asarray(tokens), _inside(decoder, plan, given)
     real = tokens >= 0
     positions, seen = _places(state, real)
     active = jnp.ones_like(real[:, 0]) if whole else real.any(axis=1)
@@ -337,7 +371,7 @@ def advance(
         before = opened(state.layers[index])
         first = before.slots
         new = {"keys": k, "values": v}
-        made, unfit = _coded(plan, index, new, unfit)
+        made, unfit = _coded(plan, index, given, positions, new, unfit)
         held: Held = append(before, made, positions, tokens, plan.policy)
         y, held, view = _attend(
             block, plan, index, held, q, new, first, positions, source, given, tap, seen=seen, phase=phase
@@ -374,7 +408,7 @@ def _one(
 ) -> tuple[Float[jax.Array, "batch vocab"], State]:  # fmt: skip
     """One token per row into buffers whose shapes stay; -1 leaves a row as it is."""
     tokens, steps = jnp.asarray(tokens), jnp.asarray(steps)
-    given = jax.tree.map(jnp.asarray, given)
+    given = _inside(decoder, plan, given)
     real = tokens >= 0
     position = jnp.where(real, state.seen, EMPTY)[:, None]
     seen = state.seen + real.astype(jnp.int32)
@@ -387,7 +421,7 @@ def _one(
         first = held.fill
         write = overwrite if plan.overwrites(index) else append_one
         new = {"keys": k, "values": v}
-        made, unfit = _coded(plan, index, new, unfit)
+        made, unfit = _coded(plan, index, given, position, new, unfit)
         held = write(held, made, position, tokens[:, None], plan.policy)
         y, held, view = _attend(
             block,
@@ -408,7 +442,7 @@ def _one(
         if plan.overwrites(index):
             held, lost, wrong = without_weakest(held, view, plan.policy, real)
         elif plan.bounded[index]:
-            held, lost, wrong = _sometimes(plan, held, view, real, steps)
+            held, lost, wrong = _sometimes(plan, held, view, given, real, steps)
         else:
             layers.append(held)
             continue
@@ -418,7 +452,9 @@ def _one(
     return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad, unfit)
 
 
-def _sometimes(plan: Plan, held: Held, view: View, active: jax.Array, steps: jax.Array) -> tuple:
+def _sometimes(
+    plan: Plan, held: Held, view: View, given: Given, active: jax.Array, steps: jax.Array
+) -> tuple:
     """Compaction at every `interval`-th step."""
 
     def compact(held: Held) -> tuple:
@@ -427,8 +463,10 @@ def _sometimes(plan: Plan, held: Held, view: View, active: jax.Array, steps: jax
             view,
             positions=held.positions,
             memory={key: held.memory[key] for key in plan.policy.memory} | held.heads,
-            keys=None if view.keys is None else read(held, plan, view.layer, "keys", view.keys.dtype),
-            values=None if view.values is None else read(held, plan, view.layer, "values", view.values.dtype),
+            keys=None if view.keys is None else read(held, plan, view.layer, given, "keys", view.keys.dtype),
+            values=None
+            if view.values is None
+            else read(held, plan, view.layer, given, "values", view.values.dtype),
             queries=None if held.queries is None else widened(held.queries),
         )
         if plan.policy.repositions:

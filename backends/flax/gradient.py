@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from backends.flax.cache import State
 from backends.flax.convert import widened
-from backends.flax.decode import Skeleton, _attend, _coded, _embed, _places, _project, _rest, no_tap
+from backends.flax.decode import Skeleton, _attend, _coded, _embed, _inside, _places, _project, _rest, no_tap
 from backends.flax.layer import Given, Plan, append, opened
 from framework.arrays import Array
 
@@ -24,7 +24,7 @@ def gradients(
 ) -> list[Float[jax.Array, "batch tokens dim"]]:
     """See `framework.backend.Model.gradients`. Zeros are added to what attention gives, and differentiated by."""
     decoder = bones.decoder(leaves)
-    tokens, given = jnp.asarray(tokens), jax.tree.map(jnp.asarray, given)
+    tokens, given = jnp.asarray(tokens), _inside(decoder, plan, given)
     real = tokens >= 0
     positions, seen = _places(state, real)
     start = _embed(decoder, plan, tokens, no_tap)
@@ -34,7 +34,7 @@ def gradients(
         q, k, v, source = _project(block, plan, index, x, positions, given, no_tap)
         first = before.slots
         new = {"keys": k, "values": v}
-        made, _ = _coded(plan, index, new, state.unfit)
+        made, _ = _coded(plan, index, given, positions, new, state.unfit)
         held = append(before, made, positions, tokens, plan.policy)
         y, _, _ = _attend(
             block, plan, index, held, q, new, first, positions, source, given, no_tap, seen=seen, phase="pass"

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from backends.flax.convert import to_jax, wide, widened
 from backends.flax.pages import PagedState
+from backends.flax.rope import rotate
 from framework.arrays import Array, by_position, keep, take_slots
 from framework.codec import Codec, Side
 from framework.coding import layout, payload, shown
@@ -108,13 +109,14 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """What a compiled step is given beside the state: rope tables, budgets, the policy's constants, and where questions
-    begin."""
+    """What a compiled step is given beside the state: rope tables, budgets, the policy's constants, where questions
+    begin; and, inside, the key biases of the layers [kv_heads head_dim] where a codec leaves them out."""
 
     tables: dict[Rope, Any]
     budgets: Int[Array, "layers batch most_heads"]
     constants: dict[str, Any]
     question: Int[Array, "batch"]
+    biases: list[Float[Array, "kv_heads head_dim"]] | None = None
 
     def budget(self, index: int, heads: int) -> Int[Array, "batch kv_heads"]:
         """Tokens that each head of a layer keeps."""
@@ -219,11 +221,26 @@ def observe(
     )
 
 
+def bias_at(
+    plan: Plan, index: int, given: Given, positions: Int[jax.Array, "batch kv_heads slots"]
+) -> Float[jax.Array, "batch kv_heads slots head_dim"]:
+    """The key bias that a codec leaves out, at these positions, rotated as the cache's keys are."""
+    assert given.biases is not None
+    own, rope = given.biases[index][None, :, None], plan.spec.layers[index].rope
+    every = jnp.broadcast_to(own, (*positions.shape, own.shape[-1]))
+    if rope is None or plan.policy.repositions:
+        return every
+    return rotate(every, positions, given.tables[rope])
+
+
 def read(
-    layer: Held, plan: Plan, index: int, side: Side, dtype: Any
+    layer: Held, plan: Plan, index: int, given: Given, side: Side, dtype: Any
 ) -> Float[jax.Array, "batch kv_heads slots width"]:
     """Keys or values of all slots, as the policy sees them; coded ones in this dtype."""
-    return widened(shown(plan.codec, jnp, plan.spec.layers[index], layer.streams, side, dtype))
+    x = widened(shown(plan.codec, jnp, plan.spec.layers[index], layer.streams, side, dtype))
+    if side == "values" or given.biases is None:
+        return x
+    return x + bias_at(plan, index, given, layer.positions)
 
 
 def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **rest: Any) -> View:
@@ -237,8 +254,8 @@ def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **res
         positions=layer.positions,
         budget=given.budget(index, spec.kv_heads),
         memory={key: layer.memory[key] for key in plan.policy.memory} | layer.heads,
-        keys=read(layer, plan, index, "keys", dtype) if needs.keys or needs.queries else None,
-        values=read(layer, plan, index, "values", dtype) if needs.values else None,
+        keys=read(layer, plan, index, given, "keys", dtype) if needs.keys or needs.queries else None,
+        values=read(layer, plan, index, given, "values", dtype) if needs.values else None,
         queries=None if layer.queries is None else widened(layer.queries),
         query_positions=layer.query_positions,
         tokens=layer.memory["tokens"].astype(jnp.int32) if needs.tokens else None,

@@ -1,7 +1,7 @@
 """One layer of the dynamic cache: tensors that grow in blocks and shrink by gather, and what a policy does with it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from framework.eviction import alive, heads_budgets, judge, merged, ordered, rep
 from framework.policy import Policy, View
 from framework.shapes import EMPTY, bucket
 from framework.spec import Layer
+
+# The bias of the keys at some positions [batch kv_heads slots], rotated as they are.
+Bias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class HeldLayer(ABC):
@@ -59,9 +62,12 @@ class HeldLayer(ABC):
         `whole`: every row was evicted, so that no head has more than its budget.
         """
 
-    def read(self, side: Side, dtype: torch.dtype) -> Float[torch.Tensor, "batch kv_heads slots width"]:
+    def read(
+        self, side: Side, dtype: torch.dtype, bias: Bias | None
+    ) -> Float[torch.Tensor, "batch kv_heads slots width"]:
         """Keys or values of all slots, as the model sees them."""
-        return shown(self.codec, xp, self.spec, self.streams, side, dtype)
+        x = shown(self.codec, xp, self.spec, self.streams, side, dtype)
+        return x if bias is None or side == "values" else x + bias(self.positions)
 
     @property
     def bound(self) -> int:
@@ -88,10 +94,11 @@ class HeldLayer(ABC):
         sums: torch.Tensor | None,
         table: tuple[torch.Tensor, torch.Tensor] | None,
         dtype: torch.dtype,
+        bias: Bias | None,
         **rest: Any,
     ) -> View:
         """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope, and
-        coded vectors are read in `dtype`."""
+        coded vectors are read in `dtype`, and keys that came without their bias get it back."""
         needs = policy.needs
         wanted = needs.keys or needs.queries > 0
         cos, sin = (None, None) if table is None else table
@@ -100,8 +107,8 @@ class HeldLayer(ABC):
             positions=self.positions,
             budget=self.budget,
             memory={key: self.memory[key] for key in policy.memory} | self.heads,
-            keys=widened(self.read("keys", dtype)) if wanted else None,
-            values=widened(self.read("values", dtype)) if needs.values else None,
+            keys=widened(self.read("keys", dtype, bias)) if wanted else None,
+            values=widened(self.read("values", dtype, bias)) if needs.values else None,
             queries=None if self.queries is None else widened(self.queries),
             query_positions=self.query_positions,
             sums=sums,

@@ -17,7 +17,7 @@ from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.gradient import gradients
-from backends.torch.layer import LayerCache
+from backends.torch.layer import Bias, LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions
 from framework.arrays import FAR
@@ -310,7 +310,9 @@ class TorchModel(Model):
             key: ids[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()
         }
         new = {"keys": k, "values": v}
-        made = stored(held.codec, xp, layer, new)
+        bias = self._bias(block, layer, cache) if held.codec.unbiased else None
+        left = new if bias is None else new | {"keys": k - bias(positions[:, None])}
+        made = stored(held.codec, xp, layer, left)
         if unfit is not None:
             unfit.append(uncoded(held.codec, xp, layer, new, made))
         if single and cache.overwrites(held) and held.used >= 1:
@@ -322,14 +324,15 @@ class TorchModel(Model):
         if phase != "pass":
             held.observe(grouped, positions)
         if isinstance(held, PagedLayer):
-            mixed, sums = self._mixed_in_pages(held, grouped, new, positions, cache)
+            mixed, sums = self._mixed_in_pages(held, grouped, new, positions, cache, bias)
         else:
-            mixed, sums = self._mixed(held, grouped, new, first, positions, cache)
+            mixed, sums = self._mixed(held, grouped, new, first, positions, cache, bias)
         view = held.view(
             policy,
             sums,
             None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
             torch.promote_types(self.kind, torch.float32),
+            bias,
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
@@ -351,43 +354,66 @@ class TorchModel(Model):
         tap(f"{at}.attention.output", y)
         return y, view
 
+    def _bias(self, block: DecoderLayer, layer: Layer, cache: TorchCache) -> Bias:
+        """The key bias of a layer at any positions."""
+        own = block.attention.key.bias.view(1, layer.kv_heads, 1, layer.head_dim)
+
+        def at(positions: torch.Tensor) -> torch.Tensor:
+            every = own.expand(positions.shape[0], -1, positions.shape[-1], -1)
+            if layer.rope is None or cache.policy.repositions:
+                return every
+            return self.tables.rotate(every, positions, layer.rope, cache.length)
+
+        return at
+
     def _mixed(
         self, held: LayerCache, queries: torch.Tensor, new: dict[str, torch.Tensor], first: int,
-        positions: torch.Tensor, cache: TorchCache,
+        positions: torch.Tensor, cache: TorchCache, bias: Bias | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
         layer, codec, tokens, sums = held.spec, held.codec, positions.shape[1], cache.policy.needs.sums
         rope, keys = layer.rope, held.streams["keys"] if codec.exact else new["keys"]
-        rotate = None
+        finish = None
+        if bias is not None:
+            added = bias(held.positions)
+
+            def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
+                return block + added[:, :, span]
+
         if rope is not None and cache.policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
             own = rank[:, :, first : first + tokens]
             queries = self.tables.rotate(queries, own[:, :, None], rope, cache.length)
             keys = self.tables.rotate(keys, rank if codec.exact else own, rope, cache.length)
 
-            def rotate(block: torch.Tensor, span: slice) -> torch.Tensor:
+            def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
+                block = block if bias is None else block + added[:, :, span]
                 return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
 
         if codec.exact:
             values = held.streams["values"]
             return attention(queries, keys, values, positions, held.positions, layer, first, sums)
-        coded = Coded(codec, xp, layer, held.streams, rotate)
+        coded = Coded(codec, xp, layer, held.streams, finish)
         return coded_attention(
             queries, keys, new["values"], coded, positions, held.positions, layer, first, sums
         )
 
     def _mixed_in_pages(
         self, held: PagedLayer, queries: torch.Tensor, new: dict[str, torch.Tensor], position: torch.Tensor,
-        cache: TorchCache,
+        cache: TorchCache, bias: Bias | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """`_mixed` for one token per row and heads of different lengths."""
         layer, (streams, positions, owner) = held.spec, held.paged()
         if not held.codec.exact:
-            mine = position[owner.to(torch.int64) // layer.kv_heads]
+            owner_of = owner.to(torch.int64)
+            mine = position[owner_of // layer.kv_heads]
             mine = ((positions == mine) & (mine >= 0))[..., None]
             for side in SIDES:
-                own = new[side].flatten(0, 1)[owner.to(torch.int64)]
+                own = new[side].flatten(0, 1)[owner_of]
                 old = decoded(held.codec, xp, parts_of(streams, side), side, own.dtype)
+                if bias is not None and side == "keys":
+                    each = bias(positions[:, None].expand(-1, layer.kv_heads, -1))
+                    old = old + each[torch.arange(len(owner_of)), owner_of % layer.kv_heads]
                 streams[side] = torch.where(mine, own, old)
         keys = streams["keys"]
         if layer.rope is not None and cache.policy.repositions:
