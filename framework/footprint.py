@@ -1,0 +1,105 @@
+"""How many bytes the keys and values of a model take, from numbers alone: what `cache.bytes` measures on a cache.
+
+The formula: in each layer, kept tokens times the bits that the codec gives to a key and to a value of each kv head.
+"""
+
+from dataclasses import dataclass
+
+from framework.backend import read_codec
+from framework.codec import Codec, Side
+from framework.errors import KvtwinError
+from framework.eviction import check_policy, layer_budgets, limit, resolved
+from framework.policy import Policy, name
+from framework.spec import Layer, ModelSpec, Stream
+
+POSITION = 4  # bytes of the position of a slot
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one sequence between two calls; `payload`, `scales` and `positions` as in `framework.backend.Bytes`.
+
+    `slots`: kept tokens per layer, summed over its kv heads. What a policy remembers, and room that is allocated and
+    empty, are not in it.
+    """
+
+    slots: tuple[int, ...]
+    payload: float
+    scales: float
+    positions: int
+
+    @property
+    def kv(self) -> float:
+        """Keys and values with all that is needed to read them."""
+        return self.payload + self.scales
+
+
+def footprint(spec: ModelSpec, policy: Policy, codec: Codec, tokens: int, itemsize: int) -> Footprint:
+    """What a cache holds of a sequence of `tokens` tokens, `itemsize` being the bytes of the model's floats.
+
+    A fraction is one of `tokens`. Where the text decides who keeps what (`divides`, `allocates`), it is the most that
+    the budget allows. Raises KvtwinError where no cache could have this policy, this codec and these layers.
+    """
+    made = resolved(policy, tokens)
+    check_codec(spec, made, codec)
+    slots = tuple(kept_slots(spec, made, tokens))
+    return _footprint(spec, codec, slots, itemsize)
+
+
+def per_token(spec: ModelSpec, codec: Codec, itemsize: int, windows: bool = True) -> Footprint:
+    """What one token takes that every layer keeps; without `windows`, what a token adds once they are full."""
+    slots = (layer.kv_heads if windows or layer.window is None else 0 for layer in spec.layers)
+    return _footprint(spec, codec, tuple(slots), itemsize)
+
+
+def vector_bits(codec: Codec, layer: Layer, itemsize: int) -> tuple[float, float]:
+    """Bits of the key and the value of one token in all heads of a layer: of the codes, and of what is beside them.
+
+    A latent stream is stored once and read as keys and as values: it counts the mean of what the codec gives to each.
+    """
+    streams = list(layer.streams.values())
+    sides: tuple[tuple[Side, Stream], ...] = (("keys", streams[0]), ("values", streams[-1]))
+    codes, beside = 0.0, 0.0
+    for side, stream in sides:
+        heads, width = stream.heads, stream.width
+        if codec.joint(layer):
+            heads, width = 1, heads * width
+        one = codec.bits(width, side, itemsize)
+        share = heads * len(streams) / 2
+        codes, beside = codes + share * one[0], beside + share * one[1]
+    return codes, beside
+
+
+def kept_slots(spec: ModelSpec, policy: Policy, tokens: int) -> list[int]:
+    """Tokens that each layer keeps of a sequence, summed over its kv heads."""
+    found = []
+    for index, (heads, layer) in enumerate(zip(layer_budgets(policy, spec), spec.layers, strict=True)):
+        budgets = heads or (tokens,) * layer.kv_heads
+        most = [policy.most(one, index, spec) for one in budgets] if policy.divides else budgets
+        total = sum(min(tokens, limit(one, layer.window) or 0) for one in most)
+        found.append(min(total, policy.total(budgets, index, spec)) if policy.divides else total)
+    return found
+
+
+def check_codec(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
+    """Raises where a cache cannot have both, or where the codec does not fit a layer."""
+    check_policy(policy, spec)
+    read_codec(codec, policy)
+    for index, layer in enumerate(spec.layers):
+        why = codec.unfit(layer)
+        if why is not None:
+            raise KvtwinError(f"layer {index}: {why}")
+        if codec.joint(layer) and policy.evicts and not policy.shared:
+            raise KvtwinError(
+                f"layer {index}: codec {codec} codes the heads of a token as one, and policy {name(policy)} chooses "
+                "per head; expected a policy with one kept set for all heads, as tova or chunked"
+            )
+
+
+def _footprint(spec: ModelSpec, codec: Codec, slots: tuple[int, ...], itemsize: int) -> Footprint:
+    payload, scales = 0.0, 0.0
+    for count, layer in zip(slots, spec.layers, strict=True):
+        codes, beside = vector_bits(codec, layer, itemsize)
+        tokens = count / layer.kv_heads  # a whole token is as many slots as there are kv heads
+        payload, scales = payload + tokens * codes / 8, scales + tokens * beside / 8
+    return Footprint(slots, payload, scales, POSITION * sum(slots))
