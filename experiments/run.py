@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from experiments import catalogue, check, compare, demo, filters, generate, history, oracle, regret
+from experiments import (
+    catalogue,
+    check,
+    compare,
+    demo,
+    filters,
+    formats,
+    generate,
+    history,
+    memory,
+    oracle,
+    regret,
+)
 from framework.errors import KvtwinError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -16,6 +28,8 @@ app.command("generate")(generate.command)
 app.command("compare")(compare.command)
 app.command("check")(check.command)
 app.command("policies")(catalogue.command)
+app.command("codecs")(formats.command)
+app.command("memory")(memory.command)
 app.command("filters")(filters.command)
 app.command("explain")(history.command)
 app.command("regret")(regret.command)

@@ -1,0 +1,100 @@
+"""`kvtwin codecs`: every bundled codec in one table, its errors computed when asked. The README's is this one."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Annotated
+
+import array_api_compat.numpy as xp
+import numpy as np
+import typer
+
+from framework.architecture import open_architecture
+from framework.codec import Codec, Side, codecs, decode
+from framework.footprint import per_token
+from framework.spec import Layer
+
+MODELS = ("Qwen2-7B", "Llama-3-8B", "Llama-2-7B")
+SIDES: tuple[Side, Side] = ("keys", "values")
+HEAD = ("codec", "stores", "bits K, V", "error K, V", *MODELS)
+LAYER = Layer(2, 2, 128, 128**-0.5, None)  # of the noise
+TOKENS, SEED, ITEMSIZE = 512, 7, 2
+UNDER = (
+    "Bits of an element with its share of the scales; relative error (root of the mean square) of normal noise with "
+    "head_dim 128; KiB of a token's keys and values in three models of 16 bits."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table, as text."""
+
+    name: str
+    stores: str
+    bits: str
+    error: str
+    sizes: tuple[str, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """In the order of the columns."""
+        return (f"`{self.name}`", self.stores, self.bits, self.error, *self.sizes)
+
+
+def entries() -> list[Entry]:
+    """One entry per example of each bundled codec, by name."""
+    return [entry(example) for each in codecs.names() for example in codecs.get(each).examples()]
+
+
+def entry(codec: Codec) -> Entry:
+    """What a codec says of itself, and what it does to noise."""
+    joint = codec.joint(LAYER)
+    heads, width = (1, 256) if joint else (2, 128)
+    bits = [sum(codec.bits(width, side, ITEMSIZE)) / width for side in SIDES]
+    noise = np.random.default_rng(SEED).standard_normal((2, 1, heads, TOKENS, width)).astype(np.float32)
+    errors = [noise_error(codec, x, side) for x, side in zip(noise, SIDES, strict=True)]
+    stores = (inspect.getdoc(type(codec)) or "").splitlines()[0].rstrip(".")
+    sizes = tuple(_size(codec, model) for model in MODELS)
+    return Entry(codecs.spelling(codec), stores, _pair(bits, "g"), _pair(errors, ".3g"), sizes)
+
+
+def noise_error(codec: Codec, x: np.ndarray, side: Side) -> float:
+    """How far what is read lies from what was stored, both as root mean squares."""
+    apart = decode(codec, xp, codec.encode(xp, x, side), side).astype(np.float64) - x
+    return float(np.sqrt(np.mean(apart**2) / np.mean(x.astype(np.float64) ** 2)))
+
+
+def _size(codec: Codec, model: str) -> str:
+    """KiB of a token; a dash where the codec does not fit the model."""
+    spec = open_architecture(model).spec
+    if any(codec.unfit(layer) for layer in spec.layers):
+        return "-"
+    return f"{per_token(spec, codec, ITEMSIZE).kv / 1024:.10g}"
+
+
+def _pair(values: list[float], style: str) -> str:
+    """Of keys and of values; one number where they agree as printed."""
+    both = [format(value, style) for value in values]
+    return both[0] if both[0] == both[1] else ", ".join(both)
+
+
+def markdown() -> str:
+    """The table in Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD), *(each.cells for each in entries())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def command(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print it as the README has it.")] = False,
+) -> None:
+    """List the bundled codecs: bits of an element, error on white noise, size of a token in three models."""
+    if as_markdown:
+        typer.echo(markdown())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEAD, show_lines=False)
+    for each in entries():
+        table.add_row(*(cell.strip("`") for cell in each.cells))
+    Console(highlight=False).print(table)
+    typer.echo(UNDER)
