@@ -1,12 +1,13 @@
 """The README tells the truth: its code runs, its tree names what there is, its policy passes the kit."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from experiments import catalogue, check, run
+from experiments import catalogue, check, formats, run
 from framework.policy import policies
 
 ROOT = Path(__file__).parents[1]
@@ -100,3 +101,14 @@ def test_the_plot_is_small():
 
 def test_the_table_of_policies_is_what_the_command_prints():
     assert catalogue.markdown() in README
+
+
+def test_the_table_of_codecs_is_what_the_command_prints():
+    assert formats.markdown() in README
+
+
+def test_what_a_cache_takes_is_what_the_command_prints():
+    [shown] = [text for _, text in BLOCKS if text.startswith("gemma-3-27b: ")]
+    words = shlex.split(re.search(r"That is `kvtwin (memory [^`]+)`", README)[1])
+    printed = CliRunner().invoke(run.app, words).output
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()

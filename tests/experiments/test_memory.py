@@ -106,7 +106,7 @@ def test_the_table() -> None:
     assert ["100", "100", "4,800", "4,800", "0", "1.000", "75"] in lines
     held = 24 * (131072 + 127)
     assert f"127-131,072 {held:,} {held:,} 0 1.000 49,199.625" in " ".join(sum(lines, []))
-    assert "source: published config.json" in result.output
+    assert "source: config.json as published" in result.output
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from framework.architecture import architectures, open_architecture
 from framework.checkpoint import BUNDLED, open_checkpoint
+from framework.counting import counted
 from framework.errors import KvtwinError
 
 CONFIG = {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
@@ -47,6 +49,18 @@ def test_the_kinds_of_layers_of_published_models() -> None:
     assert (len(hybrid.spec.layers), hybrid.without) == (12, 36)
     latent = open_architecture("deepseek-v3").spec.layers
     assert [each.streams["latent"].width for each in latent] == [576] * 61
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in architectures().items() if "defaults of" in row["source"]]
+)
+def test_transformers_has_some_of_the_numbers_too(name: str) -> None:
+    row = open_architecture(name)
+    kind = row.source.rpartition("defaults of ")[2].partition(" ")[0]
+    layers, without = counted(json.loads(AutoConfig.for_model(kind).to_json_string(use_diff=False)))
+    found = [(each.kv_heads, each.head_dim, each.window, each.latent) for each in layers]
+    expected = [(each.kv_heads, each.head_dim, each.window, each.latent) for each in row.spec.layers]
+    assert (found, without) == (expected, row.without)
 
 
 @pytest.mark.parametrize(
