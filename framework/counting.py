@@ -68,7 +68,7 @@ def counted(config: Mapping[str, Any], place: str = "config.json") -> tuple[tupl
     values = dict(config if nested is None else nested)
     kind = values.get("model_type") or config.get("model_type")
     reader = Config(ASSUMED.get(str(kind), {}) | values, place)
-    if reader.flag("is_encoder_decoder"):
+    if reader.flag("is_encoder_decoder") or config.get("is_encoder_decoder"):
         raise reader.refuse("is_encoder_decoder", True, "a decoder: the keys of an encoder are not counted")
     if kind in families.names():
         layers, without = _of_family({**values, "model_type": kind}, reader)

@@ -6,7 +6,7 @@ The formula: in each layer, kept tokens times the bits that the codec gives to a
 from dataclasses import dataclass
 
 from framework.backend import read_codec
-from framework.codec import Codec, Side
+from framework.codec import Codec, Side, codecs
 from framework.errors import KvtwinError
 from framework.eviction import check_policy, layer_budgets, limit, resolved
 from framework.policy import Policy, name
@@ -91,8 +91,8 @@ def check_codec(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
             raise KvtwinError(f"layer {index}: {why}")
         if codec.joint(layer) and policy.evicts and not policy.shared:
             raise KvtwinError(
-                f"layer {index}: codec {codec} codes the heads of a token as one, and policy {name(policy)} chooses "
-                "per head; expected a policy with one kept set for all heads, as tova or chunked"
+                f"layer {index}: codec {codecs.spelling(codec)} codes the heads of a token as one, and policy "
+                f"{name(policy)} chooses per head\nexpected a policy with one kept set for all heads, as tova or chunked"
             )
 
 
@@ -100,6 +100,7 @@ def _footprint(spec: ModelSpec, codec: Codec, slots: tuple[int, ...], itemsize: 
     payload, scales = 0.0, 0.0
     for count, layer in zip(slots, spec.layers, strict=True):
         codes, beside = vector_bits(codec, layer, itemsize)
-        tokens = count / layer.kv_heads  # a whole token is as many slots as there are kv heads
-        payload, scales = payload + tokens * codes / 8, scales + tokens * beside / 8
+        # A whole token is as many slots as there are kv heads; multiplied first, so that whole bytes stay whole.
+        payload += count * codes / (8 * layer.kv_heads)
+        scales += count * beside / (8 * layer.kv_heads)
     return Footprint(slots, payload, scales, POSITION * sum(slots))

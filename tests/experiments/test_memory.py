@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from experiments import run
+from experiments import memory, run
+from framework.architecture import open_architecture
+from framework.codecs.full import Full
+from framework.errors import KvtwinError
+from framework.policy import policies
+from framework.spec import Layer
 
 BYTES = {"keys_and_values", "codes", "scales", "positions"}
 
@@ -107,6 +112,24 @@ def test_the_table() -> None:
     held = 24 * (131072 + 127)
     assert f"127-131,072 {held:,} {held:,} 0 1.000 49,199.625" in " ".join(sum(lines, []))
     assert "source: config.json as published" in result.output
+
+
+class Wide(Full):
+    """Cannot even say how large 48 channels would be."""
+
+    def unfit(self, layer: Layer) -> str | None:
+        return (
+            None if layer.head_dim % 64 == 0 else f"head_dim is {layer.head_dim}; expected a multiple of 64"
+        )
+
+    def bits(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
+        assert width % 64 == 0
+        return 4.0 * width, 0.0
+
+
+def test_a_codec_that_does_not_fit_says_why() -> None:
+    with pytest.raises(KvtwinError, match="layer 0: head_dim is 96; expected a multiple of 64"):
+        memory.measured(open_architecture("phi-3-mini"), Wide(), policies.make("full()"), [9], "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -180,10 +180,10 @@ def test_bytes_go_with_the_slots_of_each_layer() -> None:
 
 
 def test_a_joint_codec_counts_all_heads_as_one_vector() -> None:
-    layer = Layer(heads=6, kv_heads=3, head_dim=24, scale=1.0, rope=None)
-    assert vector_bits(Joint(keys=4, values=2), layer, 2) == (6.0 * 72, 2 * 16.0 * 3)
+    layer = Layer(heads=6, kv_heads=3, head_dim=40, scale=1.0, rope=None)
+    assert vector_bits(Joint(keys=4, values=2), layer, 2) == (6.0 * 120, 2 * 16.0 * 4)
     spec = ModelSpec("llama", 9, 10, 11, (layer,), 1e-5, 99)
-    assert footprint(spec, KEEP, Joint(keys=4, values=2), 5, 2).kv == 5 * (6 * 72 + 96) / 8
+    assert footprint(spec, KEEP, Joint(keys=4, values=2), 5, 2).kv == 5 * (6 * 120 + 128) / 8
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,7 @@ def test_a_joint_codec_counts_all_heads_as_one_vector() -> None:
         ("full()", Wide(keys=4, values=4), "layer 1: head_dim is 32; expected a multiple of 64"),
         ("merge(budget=9, policy=snapkv(window=2))", Q4, "code them again"),
         ("snapkv(budget=9, fraction=0.5)", Q4, "has a budget and a fraction"),
+        ("cake(budget=((99, 99), (99, 99, 99), 99), policy=snapkv())", Q4, "a budget for each head"),
         ("window(budget=(9, 8))", Q4, "2 budgets"),
         ("window()", Q4, "no budget"),
         ("full(budget=9)", Q4, "keeps every token"),
