@@ -1,6 +1,7 @@
 """`kvtwin codecs`: every bundled codec in one table, its errors computed when asked. The README's is this one."""
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -46,13 +47,13 @@ def entries() -> list[Entry]:
 
 
 def entry(codec: Codec) -> Entry:
-    """What a codec says of itself, and what it does to noise."""
+    """What the file of a codec says first, and what the codec does to noise, the same for keys and values."""
     joint = codec.joint(LAYER)
     heads, width = (1, 256) if joint else (2, 128)
     bits = [sum(codec.bits(width, side, ITEMSIZE)) / width for side in SIDES]
-    noise = np.random.default_rng(SEED).standard_normal((2, 1, heads, TOKENS, width)).astype(np.float32)
-    errors = [noise_error(codec, x, side) for x, side in zip(noise, SIDES, strict=True)]
-    stores = (inspect.getdoc(type(codec)) or "").splitlines()[0].rstrip(".")
+    noise = np.random.default_rng(SEED).standard_normal((1, heads, TOKENS, width)).astype(np.float32)
+    errors = [noise_error(codec, noise, side) for side in SIDES]
+    stores = (inspect.getdoc(sys.modules[type(codec).__module__]) or "").splitlines()[0].rstrip(".")
     sizes = tuple(_size(codec, model) for model in MODELS)
     return Entry(codecs.spelling(codec), stores, _pair(bits, "g"), _pair(errors, ".3g"), sizes)
 

@@ -92,7 +92,8 @@ def check_codec(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
         if codec.joint(layer) and policy.evicts and not policy.shared:
             raise KvtwinError(
                 f"layer {index}: codec {codecs.spelling(codec)} codes the heads of a token as one, and policy "
-                f"{name(policy)} chooses per head\nexpected a policy with one kept set for all heads, as tova or chunked"
+                f"{name(policy)} chooses per head\n"
+                "expected a policy with one kept set for all heads, as tova or chunked"
             )
 
 

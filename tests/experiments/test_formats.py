@@ -13,10 +13,7 @@ from framework.spec import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Codec):
-    """Values at three quarters of their size.
-
-    A second paragraph.
-    """
+    """Values at three quarters of their size."""
 
     def encode(self, xp: Any, x: Any, side: str) -> dict[str, Any]:
         return {"codes": x, "factor": xp.full(x.shape[:-1], 0.75 if side == "values" else 1.0, dtype=x.dtype)}
@@ -47,7 +44,10 @@ class Together(Shrunk):
 
 def test_a_row_is_what_the_codec_does() -> None:
     found = formats.entry(Shrunk())
-    assert found.stores == "Values at three quarters of their size"
+    assert (
+        found.stores
+        == "experiments/formats.py: bits, errors and sizes of codecs that can be worked out by hand"
+    )
     assert found.bits == "6.5, 4"  # 64 bits beside 128 elements
     assert found.error == "0, 0.25"
     assert found.sizes == ("18.375", "42", "168")
@@ -67,7 +67,7 @@ def test_every_example_of_every_codec_has_a_row() -> None:
     names = [each.name for each in formats.entries()]
     assert names == [codecs.spelling(one) for name in codecs.names() for one in codecs.get(name).examples()]
     full = next(each for each in formats.entries() if each.name == "full()")
-    assert full.cells == ("`full()`", "No coding", "16", "0", "56", "128", "512")
+    assert full.cells == ("`full()`", "K and V in the model's own dtype", "16", "0", "56", "128", "512")
 
 
 @pytest.mark.parametrize("words", [[], ["--markdown"]])
