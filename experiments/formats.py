@@ -10,12 +10,12 @@ import numpy as np
 import typer
 
 from framework.architecture import open_architecture
-from framework.codec import Codec, Side, codecs, decode
+from framework.codec import Codec, Side, codecs, decoded
+from framework.coding import SIDES
 from framework.footprint import per_token
 from framework.spec import Layer
 
 MODELS = ("Qwen2-7B", "Llama-3-8B", "Llama-2-7B")
-SIDES: tuple[Side, Side] = ("keys", "values")
 HEAD = ("codec", "stores", "bits K, V", "error K, V", *MODELS)
 LAYER = Layer(2, 2, 128, 128**-0.5, None)  # of the noise
 TOKENS, SEED, ITEMSIZE = 512, 7, 2
@@ -60,7 +60,7 @@ def entry(codec: Codec) -> Entry:
 
 def noise_error(codec: Codec, x: np.ndarray, side: Side) -> float:
     """How far what is read lies from what was stored, both as root mean squares."""
-    apart = decode(codec, xp, codec.encode(xp, x, side), side).astype(np.float64) - x
+    apart = decoded(codec, xp, codec.encode(xp, x, side), side, np.float32).astype(np.float64) - x
     return float(np.sqrt(np.mean(apart**2) / np.mean(x.astype(np.float64) ** 2)))
 
 

@@ -9,7 +9,7 @@ from experiments.report import WIDTH
 from framework.architecture import ITEMSIZE, Architecture, open_architecture
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
-from framework.footprint import Footprint, check_codec, footprint, per_token
+from framework.footprint import Footprint, check, footprint, per_token
 from framework.policy import Policy, policies
 
 CONTEXTS = (4096, 32768, 131072)
@@ -30,7 +30,7 @@ def measured(
     `notes`: what a reader should know.
     """
     spec, itemsize = model.spec, ITEMSIZE[dtype]
-    check_codec(spec, policy, codec)
+    check(spec, policy, codec)
     plain, everything = codecs.make("full()"), policies.make("full()")
     token = per_token(spec, codec, itemsize)
     rows = []

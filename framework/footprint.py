@@ -3,14 +3,13 @@
 The formula: in each layer, kept tokens times the bits that the codec gives to a key and to a value of each kv head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from framework.backend import read_codec
-from framework.codec import Codec, Side, codecs
-from framework.errors import KvtwinError
+from framework.codec import Codec
+from framework.coding import SIDES, check_codec
 from framework.eviction import check_policy, layer_budgets, limit, resolved
-from framework.policy import Policy, name
-from framework.spec import Layer, ModelSpec, Stream
+from framework.policy import Policy
+from framework.spec import Layer, ModelSpec
 
 POSITION = 4  # bytes of the position of a slot
 
@@ -41,7 +40,7 @@ def footprint(spec: ModelSpec, policy: Policy, codec: Codec, tokens: int, itemsi
     the budget allows. Raises KvtwinError where no cache could have this policy, this codec and these layers.
     """
     made = resolved(policy, tokens)
-    check_codec(spec, made, codec)
+    check(spec, made, codec)
     slots = tuple(kept_slots(spec, made, tokens))
     return _footprint(spec, codec, slots, itemsize)
 
@@ -58,9 +57,8 @@ def vector_bits(codec: Codec, layer: Layer, itemsize: int) -> tuple[float, float
     A latent stream is stored once and read as keys and as values: it counts the mean of what the codec gives to each.
     """
     streams = list(layer.streams.values())
-    sides: tuple[tuple[Side, Stream], ...] = (("keys", streams[0]), ("values", streams[-1]))
     codes, beside = 0.0, 0.0
-    for side, stream in sides:
+    for side, stream in zip(SIDES, (streams[0], streams[-1]), strict=True):
         heads, width = stream.heads, stream.width
         if codec.joint(layer):
             heads, width = 1, heads * width
@@ -81,20 +79,12 @@ def kept_slots(spec: ModelSpec, policy: Policy, tokens: int) -> list[int]:
     return found
 
 
-def check_codec(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
-    """Raises where a cache cannot have both, or where the codec does not fit a layer."""
+def check(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
+    """Raises where no cache could have these; a latent stream, which kvtwin does not store yet, counts as one head."""
     check_policy(policy, spec)
-    read_codec(codec, policy)
-    for index, layer in enumerate(spec.layers):
-        why = codec.unfit(layer)
-        if why is not None:
-            raise KvtwinError(f"layer {index}: {why}")
-        if codec.joint(layer) and policy.evicts and not policy.shared:
-            raise KvtwinError(
-                f"layer {index}: codec {codecs.spelling(codec)} codes the heads of a token as one, and policy "
-                f"{name(policy)} chooses per head\n"
-                "expected a policy with one kept set for all heads, as tova or chunked"
-            )
+    check_codec(
+        codec, policy, replace(spec, layers=tuple(replace(each, latent=None) for each in spec.layers))
+    )
 
 
 def _footprint(spec: ModelSpec, codec: Codec, slots: tuple[int, ...], itemsize: int) -> Footprint:

@@ -19,8 +19,7 @@ from framework.weights import random_weights
 from tests.twins import LENGTHS, column, hybrid, prompts
 
 FULL, KEEP = codecs.make("full()"), policies.make("full()")
-# The codecs that caches of the backends store; all of codecs.names() once they do.
-IN_CACHES = [name for name in codecs.names() if name == "full"]
+EXAMPLES = [codecs.spelling(each) for name in codecs.names() for each in codecs.get(name).examples()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +122,14 @@ def test_every_published_model_has_its_figures() -> None:
         ("llama-3-8b", Q4, 36),
         ("llama-2-7b", FULL, 512),
         ("deepseek-v3", FULL, 68.625),
+        ("deepseek-v3", Q6, 61 * 576 * 6.5 / 8 / 1024),
         ("gpt2", Q4, 10.125),
     ],
 )
 def test_exact_figures(name: str, codec: Codec, kib: float) -> None:
-    assert per_token(open_architecture(name).spec, codec, 2).kv == kib * 1024
+    spec = open_architecture(name).spec
+    assert per_token(spec, codec, 2).kv == kib * 1024
+    assert footprint(spec, KEEP, codec, 10, 2).kv == 10 * kib * 1024
 
 
 def test_a_window_stops_growing_one_token_before_it() -> None:
@@ -189,8 +191,8 @@ def test_a_joint_codec_counts_all_heads_as_one_vector() -> None:
 @pytest.mark.parametrize(
     ("policy", "codec", "says"),
     [
-        ("window(budget=9)", Joint(keys=4, values=4), "layer 0: codec"),
-        ("full()", Wide(keys=4, values=4), "layer 1: head_dim is 32; expected a multiple of 64"),
+        ("window(budget=9)", Joint(keys=4, values=4), "codes the heads of layer 0 together"),
+        ("full()", Wide(keys=4, values=4), "cannot code layer 1: head_dim is 32; expected a multiple of 64"),
         ("merge(budget=9, policy=snapkv(window=2))", Q4, "code them again"),
         ("snapkv(budget=9, fraction=0.5)", Q4, "has a budget and a fraction"),
         ("cake(budget=((99, 99), (99, 99, 99), 99), policy=snapkv())", Q4, "a budget for each head"),
@@ -213,10 +215,10 @@ def test_one_kept_set_goes_with_a_joint_codec(policy: str) -> None:
     assert footprint(uneven(), policies.make(policy), Joint(keys=4, values=4), 20, 2).payload > 0
 
 
-def three_layers() -> ModelSpec:
+def three_layers(head_dim: int) -> ModelSpec:
     """A model that runs: kv heads and widths of the layers are alike, windows are not."""
     layers = tuple(
-        Layer(heads=6, kv_heads=3, head_dim=10, scale=10**-0.5, rope=None, window=window)
+        Layer(heads=6, kv_heads=3, head_dim=head_dim, scale=head_dim**-0.5, rope=None, window=window)
         for window in (None, 9, None)
     )
     return ModelSpec(family="llama", vocab=50, dim=14, ffn=16, layers=layers, norm_eps=1e-5, positions=64)
@@ -240,14 +242,9 @@ def predicted(spec: ModelSpec, policy: str, codec: str, itemsize: int, seen: Any
     )
 
 
-@pytest.mark.parametrize("codec", IN_CACHES)
-@pytest.mark.parametrize("policy", SPELLED)
-@pytest.mark.parametrize(
-    ("backend", "dtype"), [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
-)
-def test_it_is_what_a_cache_measures(backend: str, dtype: str, policy: str, codec: str) -> None:
+def hold(backend: str, dtype: str, policy: str, codec: str, head_dim: int) -> None:
     """Ragged rows after a prompt and after each of two steps; windows and budgets above, within and below them."""
-    spec = three_layers()
+    spec = three_layers(head_dim)
     model = backends.get(backend).build(spec, random_weights(spec, 1, np.float32), dtype)
     rows = [list(range(20)), list(range(4)), list(range(13))]
     itemsize = {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
@@ -258,6 +255,21 @@ def test_it_is_what_a_cache_measures(backend: str, dtype: str, policy: str, code
         assert (cache.bytes.payload, cache.bytes.scales) == (payload, scales)
         assert cache.bytes.positions >= positions  # pages say where heads begin, too
         assert cache.bytes.positions == positions or backend == "torch"
+
+
+@pytest.mark.parametrize("policy", SPELLED)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
+)
+def test_it_is_what_a_cache_measures(backend: str, dtype: str, policy: str) -> None:
+    hold(backend, dtype, policy, "full()", 10)
+
+
+@pytest.mark.parametrize("codec", EXAMPLES)
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", "float64"), ("torch", "bfloat16")])
+def test_it_is_what_a_coded_cache_measures(backend: str, dtype: str, codec: str) -> None:
+    joint = codecs.make(codec).joint(three_layers(64).layers[0])
+    hold(backend, dtype, "tova(budget=7)" if joint else SPELLED[3], codec, 64)
 
 
 @pytest.mark.parametrize("name", policies.names())
