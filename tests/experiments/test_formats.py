@@ -64,6 +64,8 @@ def test_heads_that_are_coded_as_one_share_what_stands_beside() -> None:
 
 
 def test_every_example_of_every_codec_has_a_row() -> None:
+    firsts = [codecs.spelling(codecs.get(name).examples()[0]) for name in codecs.names()]
+    assert [each.name for each in formats.entries() if each.stores] == firsts
     names = [each.name for each in formats.entries()]
     assert names == [codecs.spelling(one) for name in codecs.names() for one in codecs.get(name).examples()]
     full = next(each for each in formats.entries() if each.name == "full()")

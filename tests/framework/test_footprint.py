@@ -124,6 +124,8 @@ def test_every_published_model_has_its_figures() -> None:
         ("deepseek-v3", FULL, 68.625),
         ("deepseek-v3", Q6, 61 * 576 * 6.5 / 8 / 1024),
         ("gpt2", Q4, 10.125),
+        ("qwen2-7b", codecs.make("exl2_q6()"), 22.75),
+        ("llama-3-8b", codecs.make("exl2_q4()"), 36),
     ],
 )
 def test_exact_figures(name: str, codec: Codec, kib: float) -> None:
