@@ -22,7 +22,7 @@ from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
-from framework.rounding import largest, narrow, quotient
+from framework.rounding import half, largest, quotient
 from framework.spec import Layer
 
 SPAN, GROUP, LANES = 64, 32, 16
@@ -36,7 +36,7 @@ class Exl2(Codec):
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         axes, count = x.shape[:-1], x.shape[-1] // SPAN
-        spans = xp.reshape(narrow(xp, x, "float16"), (*axes, count, 2 * LANES, 2))
+        spans = xp.reshape(half(xp, x), (*axes, count, 2 * LANES, 2))
         turned = transform(xp, xp.matrix_transpose(spans))  # [.. span parity lane]
         halves = xp.moveaxis(
             xp.reshape(turned, (*axes, count, 2, 2, LANES)), -2, -3

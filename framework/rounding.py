@@ -5,24 +5,16 @@ the same along an axis, into a product with its reciprocal, takes float32 number
 passes over NaN. What codes depend on is written so that none of it matters.
 """
 
-from typing import Any
-
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Float16, UInt8
 
 from framework.arrays import Array, Namespace
 
 
-def dtype(xp: Namespace, name: str) -> Any:
-    """A dtype by name, also where NumPy itself lacks it."""
-    return getattr(xp, name, None) or getattr(ml_dtypes, name)
-
-
-def narrow(xp: Namespace, x: Float[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
-    """`x` in a narrower float dtype, to nearest with ties to even; what lies beyond it is infinite."""
+def half(xp: Namespace, x: Float[Array, "*axes"]) -> Float16[Array, "*axes"]:
+    """The nearest float16, ties to even; infinite beyond 65504."""
     with np.errstate(over="ignore"):
-        return xp.astype(x, dtype(xp, name))
+        return xp.astype(x, xp.float16)
 
 
 def rounded(xp: Namespace, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:

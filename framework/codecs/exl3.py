@@ -20,7 +20,7 @@ from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
-from framework.rounding import largest, narrow, quotient, rounded
+from framework.rounding import half, largest, quotient, rounded
 from framework.spec import Layer
 
 GROUP = 32
@@ -49,7 +49,7 @@ class Exl3(Codec):
         packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
         return {
             "codes": xp.reshape(packed, (*axes, width * self._bits(side) // 8)),
-            "scales": narrow(xp, most[..., 0], "float16"),
+            "scales": half(xp, most[..., 0]),
         }
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
-from framework.rounding import narrow
+from framework.rounding import half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Fp16(Codec):
     """11 significant bits, from 6e-8 to 65504."""
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
-        return {"codes": narrow(xp, x, "float16")}
+        return {"codes": half(xp, x)}
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return xp.astype(parts["codes"], xp.float32)

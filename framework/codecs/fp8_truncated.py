@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
-from framework.rounding import narrow, upper_half
+from framework.rounding import half, upper_half
 
 MOST = 65504.0
 
@@ -21,7 +21,7 @@ class Fp8Truncated(Codec):
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         x = xp.where(xp.isfinite(x), xp.clip(x, -MOST, MOST), x)
-        return {"codes": xp.astype((narrow(xp, x, "float16").view(xp.int16) >> 8) & 0xFF, xp.uint8)}
+        return {"codes": xp.astype((half(xp, x).view(xp.int16) >> 8) & 0xFF, xp.uint8)}
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return upper_half(xp, parts["codes"])

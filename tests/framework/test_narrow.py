@@ -127,14 +127,24 @@ def test_beyond_float16_is_the_largest_number_of_fp8_truncated():
     assert comes_back(codec, codec.encode(xp, x, "keys"), "keys").tolist() == [[57344, 57344, -57344]]
 
 
-def test_bf16_codes_are_bfloat16():
-    x = np.random.default_rng(4).standard_normal((2, 5)).astype(SINGLE)
-    codes = codecs.make("bf16").encode(xp, x, "keys")["codes"]
-    assert codes.dtype == ml_dtypes.bfloat16
-    # To nearest, ties to even: add half a unit less one, and one where the last bit is odd; drop the lower half.
-    words = x.view(np.uint32)
-    words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
-    np.testing.assert_array_equal(codes.view(np.uint16), words)
+def test_bf16_codes_are_the_words_of_bfloat16():
+    random = np.random.default_rng(4)
+    x = random.integers(0, 2**32, 100_000, dtype=np.uint32)
+    x[:1000] = (x[:1000] & 0xFFFF0000) | 0x8000  # ties
+    x = x.view(SINGLE)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = x[np.isfinite(x.astype(ml_dtypes.bfloat16))]
+    codec = codecs.make("bf16")
+    codes = codec.encode(xp, x, "keys")["codes"]
+    np.testing.assert_array_equal(codes, x.astype(ml_dtypes.bfloat16).view(np.int16))
+    edge = np.array([3.4e38, -3.4e38, np.inf, -np.inf], SINGLE)
+    most = float(ml_dtypes.finfo("bfloat16").max)
+    assert comes_back(codec, codec.encode(xp, edge, "keys"), "keys").tolist() == [
+        most,
+        -most,
+        np.inf,
+        -np.inf,
+    ]
 
 
 @few
