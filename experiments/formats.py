@@ -96,10 +96,12 @@ def command(
         typer.echo(markdown())
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*HEAD, show_lines=False)
+    table = Table(
+        Column(HEAD[0], overflow="fold"), *HEAD[2:]
+    )  # what a codec stores would leave no room for the numbers
     for each in entries():
-        table.add_row(*(cell.strip("`") for cell in each.cells))
+        table.add_row(each.name, *each.cells[2:])
     Console(highlight=False).print(table)
     typer.echo(UNDER)

@@ -10,6 +10,7 @@ def command(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     question: Annotated[str | None, typer.Option(help="Behind the prompt, marked for the policy.")] = None,
     policy: Annotated[str, typer.Option(help='As in "h2o(budget=64)".')] = "full()",
+    codec: Annotated[str, typer.Option(help='As in "exl2_q6()".')] = "full()",
     backend: Annotated[str, typer.Option(help="reference, torch or flax.")] = "torch",
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, or float16 on torch.")] = "float32",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
@@ -24,6 +25,7 @@ def command(
         prompt,
         question=question,
         policy=policy,
+        codec=codec,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -32,6 +34,6 @@ def command(
     kept = ", ".join(str(layer.shape[-1]) for layer in out.kept)
     typer.echo(
         f"\n{len(out.tokens[0])} tokens in {out.seconds:.2f} s; kept per layer: {kept} of {out.cache.seen[0]}; "
-        f"{out.bytes.payload} bytes of K and V, {out.bytes.capacity} allocated",
+        f"{out.bytes.payload + out.bytes.scales} bytes of K and V, {out.bytes.capacity} allocated",
         err=True,
     )
