@@ -68,5 +68,5 @@ clean:
 
 .venv/test.stamp: .venv/base.stamp
 	@rm -f $@
-	$(PIP_INSTALL) --quiet -e '.[test]'
+	$(PIP_INSTALL) --quiet -e '.[test,judges]'
 	@touch $@
