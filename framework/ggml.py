@@ -24,12 +24,14 @@ from jaxtyping import Float, Float32, UInt8
 from framework import hadamard, packing
 from framework.arrays import Array, Namespace, device
 from framework.codec import Codec, Parts, Side
+from framework.rounding import quotient
 from framework.spec import Layer
-from framework.stepwise import HALF_MOST, quotient, rounded
+from framework.stepwise import rounded
 
 BLOCK = 32
 ROTATED = 64  # a rotated head_dim is a multiple of it
 LEAST = 2.0**-100
+HALF_MOST = 65520.0  # from here on a float16 is infinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +108,15 @@ def span(
     """The range over the largest code, and the minimum; an infinite range where the minimum has no float16."""
     low = xp.min(x, axis=-1, keepdims=True)
     low = xp.where(xp.abs(low) < LEAST, 0.0, low)  # of 0 and -0 libraries take either
-    scale = quotient(xp, xp.max(x, axis=-1, keepdims=True) - low, float(most))
+    scale = over(xp, xp.max(x, axis=-1, keepdims=True) - low, most)
+    scale = xp.where(scale < LEAST, 0.0, scale)
     return xp.where(xp.abs(low) < HALF_MOST, scale, xp.inf), low
+
+
+def over(xp: Namespace, x: Float32[Array, "*axes"], most: int) -> Float32[Array, "*axes"]:
+    """x / most; infinite for NaN, which infinite minima make."""
+    divided = rounded(xp, quotient(xp, x, xp.full_like(x, most)))
+    return xp.where(xp.isnan(divided), xp.inf, divided)
 
 
 def steps(
@@ -119,29 +128,26 @@ def steps(
     return xp.where(fine, rounded(xp, x * inverse), 0.0)
 
 
-def nibbles(xp: Namespace, codes: UInt8[Array, "*axes 32"]) -> UInt8[Array, "*axes 16"]:
-    """The low four bits of the first 16 codes, and above each that of the code 16 further on."""
-    return packing.pack(xp, codes & 15, 4)
-
-
-def fifths(xp: Namespace, codes: UInt8[Array, "*axes 32"]) -> UInt8[Array, "*axes 4"]:
-    """The fifth bits, eight neighbours in a byte, the first the lowest."""
+def pack_codes(xp: Namespace, codes: UInt8[Array, "*axes 32"], depth: int) -> UInt8[Array, "*axes bytes"]:
+    """Codes of 4 or 5 bits as ggml lays them: byte j of the last 16 has the low four bits of code j in its low half and
+    those of code j + 16 in its high half; before them, bit k of byte j of four has the fifth bit of code 8 j + k."""
+    low = packing.pack(xp, codes & 15, 4)
+    if depth == 4:
+        return low
     apart = xp.matrix_transpose(xp.reshape(codes >> 4, (*codes.shape[:-1], 4, 8)))
-    return packing.pack(xp, xp.reshape(apart, codes.shape), 1)
+    return xp.concat([packing.pack(xp, xp.reshape(apart, codes.shape), 1), low], axis=-1)
 
 
-def four(xp: Namespace, packed: UInt8[Array, "*axes 16"]) -> UInt8[Array, "*axes 32"]:
-    """What `nibbles` was given."""
-    return packing.unpack(xp, packed, 4)
-
-
-def five(
-    xp: Namespace, packed: UInt8[Array, "*axes 16"], fifth: UInt8[Array, "*axes 4"]
-) -> UInt8[Array, "*axes 32"]:
-    """What `nibbles` and `fifths` were given."""
-    apart = packing.unpack(xp, fifth, 1)
-    high = xp.matrix_transpose(xp.reshape(apart, (*apart.shape[:-1], 8, 4)))
-    return four(xp, packed) | (xp.reshape(high, apart.shape) << 4)
+def unpack_codes(
+    xp: Namespace, packed: UInt8[Array, "*axes bytes"], depth: int
+) -> Float32[Array, "*axes 32"]:
+    """What `pack_codes` was given."""
+    low = packing.unpack(xp, packed[..., -16:], 4)
+    if depth == 4:
+        return xp.astype(low, xp.float32)
+    apart = packing.unpack(xp, packed[..., :4], 1)
+    fifth = xp.matrix_transpose(xp.reshape(apart, (*apart.shape[:-1], 8, 4)))
+    return xp.astype(low | (xp.reshape(fifth, low.shape) << 4), xp.float32)
 
 
 def _root(size: int) -> float:

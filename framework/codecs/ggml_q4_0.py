@@ -3,8 +3,8 @@
 d is the value farthest from 0, with its sign, over -8. A code is min(15, trunc(x (1 / d) + 8.5)), with d in float32;
 d is then stored in float16, and the code read as (code - 8) d.
 
-ggml's block of 18 bytes is its `scales` (2 bytes) and its `codes` (16): byte j has the code of value j in its low four
-bits and that of value j + 16 in its high ones.
+ggml's block of 18 bytes is its `scales` (2 bytes) and its `codes` (16): byte j has the code of value j in its low half
+and that of value j + 16 in its high half.
 
 Deviations: those in framework/ggml.py.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Float32
 
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
-from framework.ggml import Blocks, farthest, four, nibbles, steps
-from framework.stepwise import half
+from framework.ggml import Blocks, farthest, pack_codes, steps, unpack_codes
+from framework.rounding import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class GgmlQ40(Blocks):
     def encode_blocks(self, xp: Namespace, x: Float32[Array, "*axes blocks 32"]) -> dict[str, Array]:
         d = farthest(xp, x) / -8
         codes = xp.astype(xp.minimum(steps(xp, x, d) + 8.5, 15.0), xp.uint8)
-        return {"codes": nibbles(xp, codes), "scales": half(xp, d)}
+        return {"codes": pack_codes(xp, codes, 4), "scales": narrow(xp, d, "float16")}
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
-        codes = xp.astype(four(xp, parts["codes"]), xp.float32)
+        codes = unpack_codes(xp, parts["codes"], 4)
         return (codes - 8) * xp.astype(parts["scales"], xp.float32)

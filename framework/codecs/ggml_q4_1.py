@@ -4,7 +4,7 @@ d is the range of the block over 15, m its minimum. A code is min(15, trunc((x -
 float32; both are then stored in float16, and the code read as code d + m.
 
 ggml's block of 20 bytes is its `scales` (2 bytes), its `minima` (2) and its `codes` (16): byte j has the code of value
-j in its low four bits and that of value j + 16 in its high ones.
+j in its low half and that of value j + 16 in its high half.
 
 Deviations: those in framework/ggml.py.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Float32
 
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
-from framework.ggml import Blocks, four, nibbles, span, steps
-from framework.stepwise import half
+from framework.ggml import Blocks, pack_codes, span, steps, unpack_codes
+from framework.rounding import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,12 @@ class GgmlQ41(Blocks):
     def encode_blocks(self, xp: Namespace, x: Float32[Array, "*axes blocks 32"]) -> dict[str, Array]:
         d, m = span(xp, x, 15)
         codes = xp.astype(xp.minimum(steps(xp, x - m, d) + 0.5, 15.0), xp.uint8)
-        return {"codes": nibbles(xp, codes), "scales": half(xp, d), "minima": half(xp, m)}
+        return {
+            "codes": pack_codes(xp, codes, 4),
+            "scales": narrow(xp, d, "float16"),
+            "minima": narrow(xp, m, "float16"),
+        }
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
-        codes = xp.astype(four(xp, parts["codes"]), xp.float32)
+        codes = unpack_codes(xp, parts["codes"], 4)
         return codes * xp.astype(parts["scales"], xp.float32) + xp.astype(parts["minima"], xp.float32)

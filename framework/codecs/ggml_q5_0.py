@@ -3,9 +3,8 @@
 d is the value farthest from 0, with its sign, over -16. A code is min(31, trunc(x (1 / d) + 16.5)), with d in float32;
 d is then stored in float16, and the code read as (code - 16) d.
 
-ggml's block of 22 bytes is its `scales` (2 bytes), its `fifths` (4) and its `codes` (16). Byte j of `codes` has the low
-four bits of code j in its low four bits and those of code j + 16 in its high ones; bit k of byte j of `fifths` is the
-fifth bit of code 8 j + k.
+ggml's block of 22 bytes is its `scales` (2 bytes) and its `codes`: 4 bytes of fifth bits, bit k of byte j that of value
+8 j + k, and 16 bytes, byte j with the low bits of value j in its low half and those of value j + 16 in its high half.
 
 Deviations: those in framework/ggml.py.
 """
@@ -17,8 +16,8 @@ from jaxtyping import Float32
 
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
-from framework.ggml import Blocks, farthest, fifths, five, nibbles, steps
-from framework.stepwise import half
+from framework.ggml import Blocks, farthest, pack_codes, steps, unpack_codes
+from framework.rounding import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,8 @@ class GgmlQ50(Blocks):
     def encode_blocks(self, xp: Namespace, x: Float32[Array, "*axes blocks 32"]) -> dict[str, Array]:
         d = farthest(xp, x) / -16
         codes = xp.astype(xp.minimum(steps(xp, x, d) + 16.5, 31.0), xp.uint8)
-        return {"codes": nibbles(xp, codes), "fifths": fifths(xp, codes), "scales": half(xp, d)}
+        return {"codes": pack_codes(xp, codes, 5), "scales": narrow(xp, d, "float16")}
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
-        codes = xp.astype(five(xp, parts["codes"], parts["fifths"]), xp.float32)
+        codes = unpack_codes(xp, parts["codes"], 5)
         return (codes - 16) * xp.astype(parts["scales"], xp.float32)

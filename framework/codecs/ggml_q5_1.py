@@ -3,9 +3,9 @@
 d is the range of the block over 31, m its minimum. A code is min(31, trunc((x - m) (1 / d) + 0.5)), with d and m in
 float32; both are then stored in float16, and the code read as code d + m.
 
-ggml's block of 24 bytes is its `scales` (2 bytes), its `minima` (2), its `fifths` (4) and its `codes` (16). Byte j of
-`codes` has the low four bits of code j in its low four bits and those of code j + 16 in its high ones; bit k of byte j
-of `fifths` is the fifth bit of code 8 j + k.
+ggml's block of 24 bytes is its `scales` (2 bytes), its `minima` (2) and its `codes`: 4 bytes of fifth bits, bit k of
+byte j that of value 8 j + k, and 16 bytes, byte j with the low bits of value j in its low half and those of value
+j + 16 in its high half.
 
 Deviations: those in framework/ggml.py.
 """
@@ -17,8 +17,8 @@ from jaxtyping import Float32
 
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
-from framework.ggml import Blocks, fifths, five, nibbles, span, steps
-from framework.stepwise import half
+from framework.ggml import Blocks, pack_codes, span, steps, unpack_codes
+from framework.rounding import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,11 @@ class GgmlQ51(Blocks):
         d, m = span(xp, x, 31)
         codes = xp.astype(xp.minimum(steps(xp, x - m, d) + 0.5, 31.0), xp.uint8)
         return {
-            "codes": nibbles(xp, codes),
-            "fifths": fifths(xp, codes),
-            "scales": half(xp, d),
-            "minima": half(xp, m),
+            "codes": pack_codes(xp, codes, 5),
+            "scales": narrow(xp, d, "float16"),
+            "minima": narrow(xp, m, "float16"),
         }
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
-        codes = xp.astype(five(xp, parts["codes"], parts["fifths"]), xp.float32)
+        codes = unpack_codes(xp, parts["codes"], 5)
         return codes * xp.astype(parts["scales"], xp.float32) + xp.astype(parts["minima"], xp.float32)

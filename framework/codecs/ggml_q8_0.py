@@ -15,8 +15,8 @@ from jaxtyping import Float32
 
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
-from framework.ggml import Blocks, steps
-from framework.stepwise import half, quotient
+from framework.ggml import Blocks, over, steps
+from framework.rounding import largest, narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,12 @@ class GgmlQ80(Blocks):
     halves: ClassVar[int] = 1
 
     def encode_blocks(self, xp: Namespace, x: Float32[Array, "*axes blocks 32"]) -> dict[str, Array]:
-        d = quotient(xp, xp.max(xp.abs(x), axis=-1, keepdims=True), 127.0)
+        d = over(xp, largest(xp, x), 127)
         exact = steps(xp, x, d)
         size = xp.abs(exact)
         whole = xp.floor(size)  # size + 0.5 would round 0.49999997 up
         codes = xp.sign(exact) * (whole + xp.astype(size - whole >= 0.5, xp.float32))
-        return {"codes": xp.astype(codes, xp.int8), "scales": half(xp, d)}
+        return {"codes": xp.astype(codes, xp.int8), "scales": narrow(xp, d, "float16")}
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
         return xp.astype(parts["codes"], xp.float32) * xp.astype(parts["scales"], xp.float32)

@@ -14,8 +14,8 @@ from tests.libraries import LIBRARIES, everywhere, same_bytes
 PARTS = {  # the order of a block's parts in ggml
     "q4_0": ("scales", "codes"),
     "q4_1": ("scales", "minima", "codes"),
-    "q5_0": ("scales", "fifths", "codes"),
-    "q5_1": ("scales", "minima", "fifths", "codes"),
+    "q5_0": ("scales", "codes"),
+    "q5_1": ("scales", "minima", "codes"),
     "q8_0": ("scales", "codes"),
 }
 ERRORS = {"q4_0": 0.0865, "q4_1": 0.0782, "q5_0": 0.0428, "q5_1": 0.0381, "q8_0": 0.0054}
@@ -77,6 +77,7 @@ def values(seed=0, width=128):
     x[0, 1, 2] = random.permutation(np.resize([3.0, -3.0, 1.5, 0.5], width))
     x[0, 2, 0, :32] *= 1e-42 / np.abs(x[0, 2, 0]).max()  # numbers that XLA takes for 0
     x[0, 2, 1, 3] = 6e4
+    x[0, 2, 3, 32:64] = random.choice([0.0, -0.0], 32)
     return x.astype(np.float32)
 
 
@@ -111,7 +112,7 @@ def test_codes_are_those_of_the_loop_from_every_library(kind):
     x = values()
     made = everywhere(lambda xp, x: codec_of(kind).encode(xp, x, "keys"), x)
     got = assembled(kind, same_bytes(made))
-    x[0, 2, 0, :32] = 0
+    x[0, 2, 0, :32], x[0, 2, 3, 32:64] = 0, 0
     for place in np.ndindex(2, 3, 5):
         wanted = b"".join(block_of(kind, x[place][first : first + 32]) for first in range(0, 128, 32))
         assert got[place].tobytes() == wanted, place
@@ -121,7 +122,7 @@ def test_codes_are_those_of_the_loop_from_every_library(kind):
 @pytest.mark.parametrize("kind", PARTS)
 def test_blocks_are_those_of_gguf(kind):
     x = np.concatenate([values(seed).reshape(-1, 128) for seed in range(1, 9)])
-    x[np.abs(x) < 1e-30] = 0
+    x[np.abs(x) < 1e-30] = 0  # and no -0
     codec, kind_there = codec_of(kind), gguf.GGMLQuantizationType[kind.upper()]
     parts = codec.encode(LIBRARIES["numpy"][0], x, "values")
     there = gguf.quants.quantize(x, kind_there)
@@ -138,16 +139,6 @@ def test_white_noise_loses_what_was_seen(kind):
         for side in ("keys", "values"):
             error = decode(codec, xp, codec.encode(xp, x, side), side) - x
             assert np.sqrt(np.mean(error**2)) == pytest.approx(ERRORS[kind], rel=0.02)
-
-
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("library", ["torch", "jax"])
-def test_every_library_reads_the_same(kind, library):
-    codec, x = codec_of(kind), values(3)
-    expected = decode(codec, LIBRARIES["numpy"][0], codec.encode(LIBRARIES["numpy"][0], x, "keys"), "keys")
-    xp, array = LIBRARIES[library]
-    got = decode(codec, xp, codec.encode(xp, array(x), "keys"), "keys")
-    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-6, atol=1e-9)
 
 
 def walsh(size):
@@ -203,11 +194,10 @@ def test_an_outlier_costs_less_when_it_is_rotated(kind):
 
 
 @pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("rotated", [False, True])
-def test_what_cannot_be_coded_shows_in_its_scale_alone(kind, rotated):
+def test_what_cannot_be_coded_shows_in_its_scale_alone(kind):
     x = values(4)
     x[1, 2, :, 70] = np.inf, -np.inf, np.nan, 3e38, -1e9
-    made = same_bytes(everywhere(lambda xp, x: codec_of(kind, rotated).encode(xp, x, "keys"), x, eager=False))
+    made = same_bytes(everywhere(lambda xp, x: codec_of(kind).encode(xp, x, "keys"), x, eager=False))
     fine = np.isfinite(made["scales"].astype(np.float32)).all(axis=-1)
     assert not fine[1, 2].any()
     assert fine.sum() == fine.size - 5
