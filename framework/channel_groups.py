@@ -17,8 +17,7 @@ from jaxtyping import Float16, Float32, UInt8
 from framework.arrays import Array, Namespace, device
 from framework.errors import KvtwinError
 from framework.packing import pack, unpack
-from framework.rounding import narrow, quotient
-from framework.stepwise import rounded
+from framework.rounding import half, quotient, rounded
 
 HALF_MOST = 65520.0  # from here on a float16 is infinite
 LEAST = 2.0**-100  # far above what XLA takes for 0
@@ -70,8 +69,8 @@ def encode_tokens(
         span = xp.max(x, axis=-1, keepdims=True) - low
         size = quotient(xp, span, xp.full_like(span, most))
         fits = (xp.abs(low) < HALF_MOST) & (size < HALF_MOST)
-        scale = narrow(xp, xp.where(fits, size, xp.inf), "float16")
-        low = narrow(xp, xp.where(fits, low, 0.0), "float16")
+        scale = half(xp, xp.where(fits, size, xp.inf))
+        low = half(xp, xp.where(fits, low, 0.0))
         scale = xp.where(scale == 0, xp.ones_like(scale), scale)
         above = xp.where(fits, x - xp.astype(low, xp.float32), 0.0)
         ratio = quotient(xp, above, xp.astype(scale, xp.float32))

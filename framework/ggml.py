@@ -24,9 +24,8 @@ from jaxtyping import Float, Float32, UInt8
 from framework import hadamard, packing
 from framework.arrays import Array, Namespace, device
 from framework.codec import Codec, Parts, Side
-from framework.rounding import quotient
+from framework.rounding import quotient, rounded
 from framework.spec import Layer
-from framework.stepwise import rounded
 
 BLOCK = 32
 ROTATED = 64  # a rotated head_dim is a multiple of it

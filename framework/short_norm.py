@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float16, Float32
 
 from framework.arrays import Array, Namespace, device
-from framework.rounding import narrow
-from framework.stepwise import rounded
+from framework.rounding import half, rounded
 
 INFINITE = 0x7C00  # as a float16
 
@@ -25,7 +24,7 @@ def short_norm(xp: Namespace, x: Float32[Array, "*axes width"]) -> Float16[Array
             size = square.shape[-1] // 2
             square = square[..., :size] + square[..., size:]
         square = xp.where(xp.isnan(square), xp.inf, square)
-        word = xp.astype(narrow(xp, xp.sqrt(square), "float16").view(xp.int16), xp.int32)
+        word = xp.astype(half(xp, xp.sqrt(square)).view(xp.int16), xp.int32)
         up, down = _halfway(xp, word), _halfway(xp, word - 1)
         word = xp.where(
             square > up * up, word + 1, xp.where((word > 0) & (square <= down * down), word - 1, word)

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
 from framework.ggml import Blocks, pack_codes, span, steps, unpack_codes
-from framework.rounding import narrow
+from framework.rounding import half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class GgmlQ41(Blocks):
         codes = xp.astype(xp.minimum(steps(xp, x - m, d) + 0.5, 15.0), xp.uint8)
         return {
             "codes": pack_codes(xp, codes, 4),
-            "scales": narrow(xp, d, "float16"),
-            "minima": narrow(xp, m, "float16"),
+            "scales": half(xp, d),
+            "minima": half(xp, m),
         }
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
 from framework.ggml import Blocks, farthest, pack_codes, steps, unpack_codes
-from framework.rounding import narrow
+from framework.rounding import half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class GgmlQ50(Blocks):
     def encode_blocks(self, xp: Namespace, x: Float32[Array, "*axes blocks 32"]) -> dict[str, Array]:
         d = farthest(xp, x) / -16
         codes = xp.astype(xp.minimum(steps(xp, x, d) + 16.5, 31.0), xp.uint8)
-        return {"codes": pack_codes(xp, codes, 5), "scales": narrow(xp, d, "float16")}
+        return {"codes": pack_codes(xp, codes, 5), "scales": half(xp, d)}
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
         codes = unpack_codes(xp, parts["codes"], 5)

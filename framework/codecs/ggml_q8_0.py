@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from framework.arrays import Array, Namespace
 from framework.codec import Parts
 from framework.ggml import Blocks, over, steps
-from framework.rounding import largest, narrow
+from framework.rounding import half, largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class GgmlQ80(Blocks):
         size = xp.abs(exact)
         whole = xp.floor(size)  # size + 0.5 would round 0.49999997 up
         codes = xp.sign(exact) * (whole + xp.astype(size - whole >= 0.5, xp.float32))
-        return {"codes": xp.astype(codes, xp.int8), "scales": narrow(xp, d, "float16")}
+        return {"codes": xp.astype(codes, xp.int8), "scales": half(xp, d)}
 
     def read_blocks(self, xp: Namespace, parts: Parts) -> Float32[Array, "*axes blocks 32"]:
         return xp.astype(parts["codes"], xp.float32) * xp.astype(parts["scales"], xp.float32)

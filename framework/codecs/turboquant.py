@@ -27,9 +27,9 @@ from framework.errors import KvtwinError
 from framework.lloyd_max import codebook
 from framework.packing import pack, unpack
 from framework.random_rotation import matrix, restored, rotated, stretch
+from framework.rounding import rounded as once
 from framework.short_norm import short_norm
 from framework.spec import Layer
-from framework.stepwise import rounded as once
 
 MOST = 6  # bits
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from framework.codec import codecs, decode
+from framework.codec import codecs, decoded
 from framework.spec import Layer
 from tests.libraries import LIBRARIES, everywhere, same_bytes
 
@@ -127,7 +127,7 @@ def test_blocks_are_those_of_gguf(kind):
     parts = codec.encode(LIBRARIES["numpy"][0], x, "values")
     there = gguf.quants.quantize(x, kind_there)
     np.testing.assert_array_equal(assembled(kind, parts).reshape(there.shape), there)
-    read = decode(codec, LIBRARIES["numpy"][0], parts, "values")
+    read = decoded(codec, LIBRARIES["numpy"][0], parts, "values", np.float32)
     np.testing.assert_array_equal(read, gguf.quants.dequantize(there, kind_there))
 
 
@@ -137,7 +137,7 @@ def test_white_noise_loses_what_was_seen(kind):
     xp = LIBRARIES["numpy"][0]
     for codec in (codec_of(kind), codec_of(kind, rotated=True)):
         for side in ("keys", "values"):
-            error = decode(codec, xp, codec.encode(xp, x, side), side) - x
+            error = decoded(codec, xp, codec.encode(xp, x, side), side, np.float32) - x
             assert np.sqrt(np.mean(error**2)) == pytest.approx(ERRORS[kind], rel=0.02)
 
 
@@ -176,8 +176,10 @@ def test_vectors_are_rotated_before_they_are_coded_and_back(width, side):
         np.testing.assert_allclose(turn, whole.T, atol=1e-7)
     else:
         assert turn is None
-    back = decode(codec, np, made, side)
-    np.testing.assert_allclose(back, decode(plain, np, wanted, side) @ whole.T, rtol=1e-5, atol=1e-3)
+    back = decoded(codec, np, made, side, np.float32)
+    np.testing.assert_allclose(
+        back, decoded(plain, np, wanted, side, np.float32) @ whole.T, rtol=1e-5, atol=1e-3
+    )
     assert np.abs(back - x).max() < 5
 
 
@@ -188,7 +190,7 @@ def test_an_outlier_costs_less_when_it_is_rotated(kind):
     lost = []
     for rotated in (False, True):
         codec = codec_of(kind, rotated)
-        back = decode(codec, np, codec.encode(np, x, "keys"), "keys")
+        back = decoded(codec, np, codec.encode(np, x, "keys"), "keys", np.float32)
         lost.append(np.mean((back - x)[..., :32] ** 2))
     assert lost[1] < 0.6 * lost[0]
 

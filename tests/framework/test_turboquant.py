@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from framework.codec import codecs, decode
+from framework.codec import codecs, decoded
 from framework.errors import KvtwinError
 from framework.lloyd_max import codebook
 from framework.packing import unpack
@@ -136,7 +136,7 @@ def unit_vectors(count, width, seed=0):
 
 def there_and_back(text, x, side="keys"):
     codec = codecs.make(text)
-    return decode(codec, NUMPY, codec.encode(NUMPY, x, side), side)
+    return decoded(codec, NUMPY, codec.encode(NUMPY, x, side), side, np.float32)
 
 
 @pytest.mark.parametrize("bits", MAX)
@@ -187,7 +187,7 @@ def test_codes_are_the_nearest_in_the_book(residual, side):
         mean = np.abs(unit_vectors(20_000, width)[..., 0]).mean()
         rebuilt = rebuilt + signs @ by_matrices(width, (seed, 1)).T * length / (width * mean)
     back = rebuilt @ by_matrices(width, (seed, 0)).T * norms
-    got = decode(codec, NUMPY, parts, side)
+    got = decoded(codec, NUMPY, parts, side, np.float32)
     assert np.abs(got - back).max() < 0.02 * np.abs(back).max()
     assert np.linalg.norm(got - x) < 0.5 * np.linalg.norm(x)
 
