@@ -3,7 +3,6 @@
 White noise loses what it loses there.
 """
 
-import gguf
 import numpy as np
 import pytest
 
@@ -121,6 +120,8 @@ def test_codes_are_those_of_the_loop_from_every_library(kind):
 @pytest.mark.judge
 @pytest.mark.parametrize("kind", PARTS)
 def test_blocks_are_those_of_gguf(kind):
+    import gguf
+
     x = np.concatenate([values(seed).reshape(-1, 128) for seed in range(1, 9)])
     x[np.abs(x) < 1e-30] = 0  # and no -0
     codec, kind_there = codec_of(kind), gguf.GGMLQuantizationType[kind.upper()]
