@@ -28,7 +28,12 @@ def numbers(tokens, width, seed=0):
     x[..., 3] = random.choice([0.0, -0.0], (2, 3, tokens))
     x[..., 4] *= 1e-41
     x[..., 5] = random.integers(0, 31, (2, 3, tokens)) / 2
-    return x.astype(np.float32)
+    x = x.astype(np.float32)
+    # Of 4 bits halfway between two codes, under scales of 11 bits: the product with a reciprocal is not.
+    step = random.integers(1025, 2048, (2, 3, 1)) * np.float32(2.0**-12)
+    x[..., 6] = (random.integers(0, 15, (2, 3, tokens)) + 0.5) * step
+    x[..., 0::5, 6], x[..., 1::5, 6] = 0, 15 * step
+    return x
 
 
 def along_tokens(x, bits, group):
