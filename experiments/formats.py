@@ -54,7 +54,7 @@ def entry(codec: Codec) -> Entry:
     """What the file of a codec says first, and what the codec does to noise, the same for keys and values."""
     joint = codec.joint(LAYER)
     heads, width = (1, 256) if joint else (2, 128)
-    bits = [sum(codec.bits(width, side, ITEMSIZE)) / width for side in SIDES]
+    bits = [sum(codec.bits_of(width, side, ITEMSIZE)) / width for side in SIDES]
     noise = np.random.default_rng(SEED).standard_normal((1, heads, TOKENS, width)).astype(np.float32)
     errors = [noise_error(codec, noise, side) for side in SIDES]
     stores = (inspect.getdoc(sys.modules[type(codec).__module__]) or "").splitlines()[0].rstrip(".")

@@ -73,7 +73,8 @@ def _notes(model: Architecture, codec: Codec, policy: Policy) -> list[str]:
     layers = model.spec.layers
     latent = any(layer.latent for layer in layers)
     sided = any(
-        codec.bits(layer.head_dim, "keys", 2) != codec.bits(layer.head_dim, "values", 2) for layer in layers
+        codec.bits_of(layer.head_dim, "keys", 2) != codec.bits_of(layer.head_dim, "values", 2)
+        for layer in layers
     )
     notes = {
         f"{model.without} layers keep no keys and values: their state does not grow and is not counted": model.without,

@@ -54,7 +54,7 @@ class Codec(ABC):
         return None
 
     @abstractmethod
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         """Bits of one vector: of its codes, and of what stands beside them. `itemsize`: bytes of the model's floats."""
 
     def joint(self, layer: Layer) -> bool:

@@ -68,7 +68,7 @@ class Exl2(Codec):
             span = span.reshape(2, LANES, 2, SPAN).swapaxes(1, 2).reshape(SPAN, SPAN)
         return blockwise(span, width)
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(width * self._bits(side)), 16.0 * width / GROUP
 
     def joint(self, layer: Layer) -> bool:

@@ -62,7 +62,7 @@ def vector_bits(codec: Codec, layer: Layer, itemsize: int) -> tuple[float, float
         heads, width = stream.heads, stream.width
         if codec.joint(layer):
             heads, width = 1, heads * width
-        one = codec.bits(width, side, itemsize)
+        one = codec.bits_of(width, side, itemsize)
         share = heads * len(streams) / 2
         codes, beside = codes + share * one[0], beside + share * one[1]
     return codes, beside

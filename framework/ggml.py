@@ -72,7 +72,7 @@ class Blocks(Codec):
         size = self._rotation(width, side)
         return hadamard.blockwise(hadamard.matrix(size) * _root(size), width) if size > 1 else None
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(self.depth * width), 16.0 * self.halves * width / BLOCK
 
     def unfit(self, layer: Layer) -> str | None:

@@ -63,7 +63,7 @@ class Turned(Codec):
         back[-1] *= -1
         return back
 
-    def bits(self, width: int, side: Any, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Any, itemsize: int) -> tuple[float, float]:
         return 8.0 * width, 32.0
 
 
@@ -224,7 +224,7 @@ def test_bytes_are_what_the_codec_says(backend: str, codec: Codec | str) -> None
         held = int((kept >= 0).sum()) // layer.kv_heads
         heads, width = (1, layer.kv_heads * 64) if codec.joint(layer) else (layer.kv_heads, 64)
         for side in SIDES:
-            expected += held * heads * np.array(codec.bits(width, side, itemsize)) / 8
+            expected += held * heads * np.array(codec.bits_of(width, side, itemsize)) / 8
     assert (cache.bytes.payload, cache.bytes.scales) == tuple(expected)
 
 

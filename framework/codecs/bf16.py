@@ -30,5 +30,5 @@ class Bf16(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return (xp.astype(parts["codes"], xp.int32) << 16).view(xp.float32)
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 16.0 * width, 0.0

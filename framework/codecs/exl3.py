@@ -63,7 +63,7 @@ class Exl3(Codec):
     def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"]:
         return blockwise(matrix(GROUP) * np.float32(ROOT), width)
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(width * self._bits(side)), 16.0 * width / GROUP
 
     def joint(self, layer: Layer) -> bool:

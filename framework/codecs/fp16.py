@@ -19,5 +19,5 @@ class Fp16(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return xp.astype(parts["codes"], xp.float32)
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 16.0 * width, 0.0

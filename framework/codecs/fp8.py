@@ -50,7 +50,7 @@ class Fp8(Codec):
         half = (((word & 0x80) << 8) | ((word & 0x7F) << 7)).view(xp.float16)
         return xp.where((word & 0x7F) == 0x7F, xp.nan, xp.astype(half, xp.float32) * (256.0 * scale))
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 8.0 * width, 0.0
 
     def _scale(self, side: Side) -> float:

@@ -26,5 +26,5 @@ class Fp8Truncated(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return upper_half(xp, parts["codes"])
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 8.0 * width, 0.0

@@ -21,5 +21,5 @@ class Full(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return parts["codes"]
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 8.0 * itemsize * width, 0.0

@@ -36,5 +36,5 @@ class Int8(Codec):
     def scale(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes"]:
         return parts["scales"][..., 0]
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return 8.0 * width, 32.0

@@ -1,7 +1,7 @@
 """TurboQuant: vectors rotated at random, and the codebook that is best for their coordinates (arXiv 2504.19874).
 
 A vector is stored as its norm, in float16, and the coordinates of the rotated vector over that norm, each as the
-nearest of 2^code_bits numbers: the Lloyd-Max codebook of a coordinate of a random unit vector. The rotation is fixed by
+nearest of 2^bits numbers: the Lloyd-Max codebook of a coordinate of a random unit vector. The rotation is fixed by
 the seed, one for keys and values of all layers.
 
 `residual=True` is the paper's variant for inner products, for keys: one bit less, and in its place the sign of each
@@ -38,15 +38,15 @@ MOST = 6  # bits
 class TurboQuant(Codec):
     """Random rotation and the codebook that is best for it; `residual` is for keys, and takes one of their bits."""
 
-    code_bits: int = 4
+    bits: int = 4
     seed: int = 0
     residual: bool = False
 
     def __post_init__(self) -> None:
         least = 2 if self.residual else 1
-        if self.code_bits not in range(least, MOST + 1):
+        if self.bits not in range(least, MOST + 1):
             raise KvtwinError(
-                f"turboquant has code_bits={self.code_bits!r}, residual={self.residual}; "
+                f"turboquant has bits={self.bits!r}, residual={self.residual}; "
                 f"expected an integer from {least} to {MOST}"
             )
 
@@ -62,19 +62,19 @@ class TurboQuant(Codec):
         means, bounds = (xp.asarray(each, device=device(x)) for each in codebook(width, depth))
         codes = xp.astype(xp.searchsorted(bounds, unit), xp.uint8)
         parts = {"scales": norms}
-        if depth < self.code_bits:
+        if depth < self.bits:
             left = unit - means[xp.astype(codes, xp.int32)]
             parts["residuals"] = short_norm(xp, left)
             signs = rotated(xp, left, (self.seed, 1)) > 0
             codes = codes | (xp.astype(signs, xp.uint8) << depth)
-        return {"codes": pack(xp, codes, self.code_bits), **parts}
+        return {"codes": pack(xp, codes, self.bits), **parts}
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
-        codes, depth = unpack(xp, parts["codes"], self.code_bits), self._depth(side)
+        codes, depth = unpack(xp, parts["codes"], self.bits), self._depth(side)
         width = codes.shape[-1]
         means = xp.asarray(codebook(width, depth)[0], device=device(codes))
         unit = means[xp.astype(codes & (2**depth - 1), xp.int32)]
-        if depth == self.code_bits:
+        if depth == self.bits:
             return unit
         signs = 2 * xp.astype(codes >> depth, xp.float32) - 1
         size = xp.astype(parts["residuals"], xp.float32) * _length_of_signs(width)
@@ -86,8 +86,8 @@ class TurboQuant(Codec):
     def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"]:
         return matrix(width, (self.seed, 0)).T
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
-        return float(self.code_bits * width), 16.0 if self._depth(side) == self.code_bits else 32.0
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+        return float(self.bits * width), 16.0 if self._depth(side) == self.bits else 32.0
 
     def unfit(self, layer: Layer) -> str | None:
         if layer.head_dim % 8:
@@ -96,11 +96,11 @@ class TurboQuant(Codec):
 
     @classmethod
     def examples(cls) -> list[Codec]:
-        return [cls(), cls(code_bits=2, seed=7), cls(code_bits=3, residual=True)]
+        return [cls(), cls(bits=2, seed=7), cls(bits=3, residual=True)]
 
     def _depth(self, side: Side) -> int:
         """The bits of a number's place in the codebook."""
-        return self.code_bits - 1 if self.residual and side == "keys" else self.code_bits
+        return self.bits - 1 if self.residual and side == "keys" else self.bits
 
 
 def _length_of_signs(width: int) -> float:

@@ -48,8 +48,8 @@ class Unbias(Codec):
     def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"] | None:
         return self.codec.turn(width, side)
 
-    def bits(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
-        return self.codec.bits(width, side, itemsize)
+    def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
+        return self.codec.bits_of(width, side, itemsize)
 
     def joint(self, layer: Layer) -> bool:
         return self.codec.joint(layer)

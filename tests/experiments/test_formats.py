@@ -24,7 +24,7 @@ class Shrunk(Codec):
     def scale(self, xp: Any, parts: Any, side: str) -> Any:
         return parts["factor"]
 
-    def bits(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
         return (6.0 if side == "keys" else 3.5) * width, 64.0
 
 

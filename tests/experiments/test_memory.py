@@ -124,7 +124,7 @@ class Wide(Full):
             None if layer.head_dim % 64 == 0 else f"head_dim is {layer.head_dim}; expected a multiple of 64"
         )
 
-    def bits(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
         assert width % 64 == 0
         return 4.0 * width, 0.0
 

@@ -97,7 +97,7 @@ def test_parts_have_one_entry_for_each_token(codec, side):
 def test_bits_are_what_the_parts_take(codec, side):
     x = vectors()
     parts = codec.encode(NUMPY, x, side)
-    codes, beside = codec.bits(WIDTH, side, x.itemsize)
+    codes, beside = codec.bits_of(WIDTH, side, x.itemsize)
     assert parts["codes"].nbytes * 8 == codes * x[..., 0].size
     others = sum(part.nbytes for name, part in parts.items() if name != "codes")
     assert others * 8 == beside * x[..., 0].size

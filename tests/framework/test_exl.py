@@ -331,5 +331,5 @@ BYTES = {  # KiB for one token of all layers: layers, kv_heads, head_dim
 def test_bytes_of_a_token_are_the_published_ones(name, model):
     layers, kv_heads, head_dim, expected = BYTES[name, model]
     codec = codecs.make(name)
-    bits = sum(sum(codec.bits(kv_heads * head_dim, side, 4)) for side in ("keys", "values"))
+    bits = sum(sum(codec.bits_of(kv_heads * head_dim, side, 4)) for side in ("keys", "values"))
     assert layers * bits / 8 / 1024 == expected

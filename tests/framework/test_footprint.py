@@ -35,7 +35,7 @@ class Blocks(Codec):
     def read(self, xp: Any, parts: Any, side: str) -> Any:
         raise NotImplementedError
 
-    def bits(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
         return float(getattr(self, side) * width), 16.0 * width / 32
 
 
@@ -45,7 +45,7 @@ class Joint(Blocks):
     def joint(self, layer: Layer) -> bool:
         return True
 
-    def bits(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
+    def bits_of(self, width: int, side: str, itemsize: int) -> tuple[float, float]:
         return float(getattr(self, side) * width), 16.0 * math.ceil(width / 32)
 
 
@@ -223,7 +223,7 @@ def three_layers(head_dim: int) -> ModelSpec:
         Layer(heads=6, kv_heads=3, head_dim=head_dim, scale=head_dim**-0.5, rope=None, window=window)
         for window in (None, 9, None)
     )
-    return ModelSpec(family="llama", vocab=50, dim=14, ffn=16, layers=layers, norm_eps=1e-5, positions=64)
+    return ModelSpec("llama", 50, 14, 16, layers, 1e-5, 64, qkv_bias=True)
 
 
 SPELLED = (
@@ -294,7 +294,7 @@ def test_the_bits_of_a_codec_are_those_of_its_arrays(name: str) -> None:
     """Every example, both sides, in a layer whose heads are coded one by one or as one."""
     slots = 6
     layer = Layer(heads=6, kv_heads=3, head_dim=128, scale=1.0, rope=None)
-    spec = ModelSpec("llama", 9, 10, 11, (layer,), 1e-5, 99)
+    spec = ModelSpec("llama", 9, 10, 11, (layer,), 1e-5, 99, qkv_bias=True)
     for codec in codecs.get(name).examples():
         heads, width = (1, 3 * 128) if codec.joint(layer) else (3, 128)
         x = np.random.default_rng(2).standard_normal((1, heads, slots, width)).astype(np.float32)
@@ -305,7 +305,7 @@ def test_the_bits_of_a_codec_are_those_of_its_arrays(name: str) -> None:
             codes = parts.pop("codes").nbytes
             beside = sum(part.nbytes for part in parts.values())
             assert (8 * codes, 8 * beside) == tuple(
-                heads * slots * each for each in codec.bits(width, side, 4)
+                heads * slots * each for each in codec.bits_of(width, side, 4)
             )
             found = [found[0] + codes, found[1] + beside]
         one = footprint(spec, KEEP, codec, slots, 4)

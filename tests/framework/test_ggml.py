@@ -217,9 +217,9 @@ def test_a_minimum_beyond_float16_shows_in_the_scale(kind):
 def test_bits_are_those_of_the_parts_and_of_the_block(kind):
     codec = codec_of(kind)
     parts = codec.encode(np, values(width=96)[:1, :1, :1], "keys")
-    assert sum(each.nbytes for each in parts.values()) * 8 == sum(codec.bits(96, "keys", 4))
-    assert sum(codec.bits(96, "values", 2)) == 3 * 8 * BYTES[kind]
-    assert codec.bits(96, "keys", 4)[1] == 3 * 16 * (1 + ("minima" in parts))
+    assert sum(each.nbytes for each in parts.values()) * 8 == sum(codec.bits_of(96, "keys", 4))
+    assert sum(codec.bits_of(96, "values", 2)) == 3 * 8 * BYTES[kind]
+    assert codec.bits_of(96, "keys", 4)[1] == 3 * 16 * (1 + ("minima" in parts))
 
 
 @pytest.mark.parametrize("kind", PARTS)

@@ -171,7 +171,7 @@ def test_int8_rounds_to_127ths_of_the_largest(x, exponent):
 
 
 def test_int8_takes_at_most_28_hundredths_of_float32():
-    codes, beside = codecs.make("int8").bits(64, "keys", 4)
+    codes, beside = codecs.make("int8").bits_of(64, "keys", 4)
     assert (codes + beside) / (64 * 32) <= 0.28
 
 

@@ -125,7 +125,7 @@ def test_numbers_that_are_almost_nothing_have_the_same_codes_everywhere():
     x = (np.random.default_rng(6).standard_normal((1, 2, 63, 64)) * 1e-41).astype(np.float32)
     for slot in range(63):
         x[:, :, slot, slot : slot + 2] = 1  # they cancel, and leave less than 2^-126
-    codec = codecs.make("turboquant(code_bits=2)")
+    codec = codecs.make("turboquant(bits=2)")
     same_bytes(everywhere(lambda xp, x: codec.encode(xp, x, "keys"), x, eager=False))
 
 
@@ -142,7 +142,7 @@ def there_and_back(text, x, side="keys"):
 @pytest.mark.parametrize("bits", MAX)
 def test_distortion_of_unit_vectors_is_that_of_the_paper(bits):
     x = unit_vectors(120, 1024)
-    back = there_and_back(f"turboquant(code_bits={bits})", x)
+    back = there_and_back(f"turboquant(bits={bits})", x)
     assert np.sum((back - x) ** 2, axis=-1).mean() == pytest.approx(MAX[bits], rel=0.03)
 
 
@@ -151,7 +151,7 @@ def test_distortion_of_unit_vectors_is_that_of_the_paper(bits):
 def test_one_channel_alone_loses_no_more(width, bits):
     x = np.eye(width, dtype=np.float32)[None, None]
     lost = [
-        np.sum((there_and_back(f"turboquant(code_bits={bits}, seed={seed})", x) - x) ** 2, axis=-1).mean()
+        np.sum((there_and_back(f"turboquant(bits={bits}, seed={seed})", x) - x) ** 2, axis=-1).mean()
         for seed in range(6)
     ]
     assert np.mean(lost) == pytest.approx(MAX[bits], rel=0.12)
@@ -161,7 +161,7 @@ def test_one_channel_alone_loses_no_more(width, bits):
 def test_codes_are_the_nearest_in_the_book(residual, side):
     width, bits, seed = 80, 3, 4
     x = np.random.default_rng(2).standard_normal((2, 3, 5, width)).astype(np.float32) * 30
-    codec = codecs.make(f"turboquant(code_bits={bits}, seed={seed}, residual={residual})")
+    codec = codecs.make(f"turboquant(bits={bits}, seed={seed}, residual={residual})")
     parts = same_bytes(everywhere(lambda xp, x: codec.encode(xp, x, side), x))
     codes = unpack(NUMPY, parts["codes"], bits)
     depth = bits - 1 if residual and side == "keys" else bits
@@ -204,9 +204,7 @@ def test_inner_products_are_right_on_average_over_seeds_with_the_residual():
             [
                 np.sum(
                     queries
-                    * there_and_back(f"turboquant(code_bits=2, seed={seed}, residual={residual})", keys)[
-                        0, 0
-                    ],
+                    * there_and_back(f"turboquant(bits=2, seed={seed}, residual={residual})", keys)[0, 0],
                     axis=-1,
                 )
                 for seed in range(seeds)
@@ -220,7 +218,7 @@ def test_inner_products_are_right_on_average_over_seeds_with_the_residual():
     assert (found[False].mean(axis=0) < 0.93 * exact).all()
 
 
-@pytest.mark.parametrize("text", ["code_bits=0", "code_bits=7", "code_bits=1, residual=True"])
+@pytest.mark.parametrize("text", ["bits=0", "bits=7", "bits=1, residual=True"])
 def test_bits_that_there_are_not_are_refused(text):
     with pytest.raises(KvtwinError, match="expected an integer from"):
         codecs.make(f"turboquant({text})")
