@@ -10,6 +10,7 @@ import typer
 from experiments import (
     catalogue,
     check,
+    collapse,
     compare,
     demo,
     filters,
@@ -34,6 +35,7 @@ app.command("filters")(filters.command)
 app.command("explain")(history.command)
 app.command("regret")(regret.command)
 app.command("oracle")(oracle.command)
+app.command("collapse")(collapse.command)
 
 
 @app.callback()
