@@ -214,6 +214,14 @@ def test_the_command_tells_backends_apart(monkeypatch: pytest.MonkeyPatch) -> No
     assert "3.000|3.100" in result.output
 
 
+def test_the_command_tells_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collapse, "perplexity", lambda *_: (math.nan, 1.0))
+    asked = ["collapse", "--codec", "full()", "--strength", "1", "--rows", "2", "--tokens", "9"]
+    result = CliRunner().invoke(app, [*asked, "--backends", "torch,reference"])
+    assert result.exit_code == 1
+    assert "NaN" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

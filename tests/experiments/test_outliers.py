@@ -74,18 +74,21 @@ def test_a_rescaled_pair_leaves_the_function_of_a_backend(backend: str, dtype: s
     assert found <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("kind", "pair", "partner"), [("bias", 3, 7), ("partial", 2, 5), ("plain", 3, 7)])
-def test_what_a_rescaled_pair_changes(kind: str, pair: int, partner: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "heads", "pair", "partner"),
+    [("bias", None, 3, 7), ("partial", None, 2, 5), ("plain", None, 3, 7), ("plain", [1], 3, 7)],
+)
+def test_what_a_rescaled_pair_changes(kind: str, heads: list[int] | None, pair: int, partner: int) -> None:
     """By default the slowest pair of all heads in the first and the last layer; queries follow their key."""
     old = weights_of(kind)
-    _, new = pair_rescale(spec_of(kind), old, 10.0)
+    _, new = pair_rescale(spec_of(kind), old, 10.0, Sites(heads=heads))
     expected = {name: value.astype(np.float64) for name, value in old.items()}
     for layer in (0, 2):
         for ending in ["weight"] if kind == "plain" else ["weight", "bias"]:
             keys, queries = (
                 expected[f"layers.{layer}.attention.{each}.{ending}"] for each in ("key", "query")
             )
-            for head in range(KV_HEADS):
+            for head in heads or range(KV_HEADS):
                 for channel in (pair, partner):
                     keys[head * HEAD_DIM + channel] *= 10.0
                     for query in range(head * GROUP, head * GROUP + GROUP):
