@@ -5,18 +5,19 @@ are each rotated by the unscaled Hadamard matrix, in float16. A group is the num
 numbers 32 to 63; with m = 8 for 4 bits and m = 128 for 8, its scale is the largest absolute value over m, in float16,
 and a code is w / largest * m + m, in float16, rounded to the nearest integer and clipped to 0 .. 2m - 1: the largest
 positive number of a group comes back as (m - 1) / m of itself. A group of zeros has scale 0 and codes 0. A sum beyond
-float16 gives a scale that is not finite.
+float16 gives a scale that is not finite: one on the way to the codes, or one on the way back from them, which comes
+first. A span with one channel of 2000 can be stored there but not read.
 
 Codes lie as they do there: a byte each, or two in a byte, the one at the even place low.
 
 Source: ExLlamaV2, cache_q.cuh. Deviations: what is read is code times scale, rotated back, in float32; ExLlamaV2 rounds
-each step to float16.
+each step to float16, and gives NaN where a sum is beyond it.
 """
 
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
@@ -49,10 +50,26 @@ class Exl2(Codec):
         ratio = xp.where((most > 0) & xp.isfinite(most), quotient(xp, groups, most), -1.0)
         codes = xp.clip(xp.round(ratio * middle + middle), 0.0, 2 * middle - 1)
         packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
+        scales = most * (1 / middle)
+        # The product is exact in float32, and rounded once: what ExLlamaV2 rotates back.
+        back = half(xp, (codes - middle) * xp.astype(scales, xp.float32))
         return {
             "codes": xp.reshape(packed, (*axes, x.shape[-1] * self._bits(side) // 8)),
-            "scales": (most * (1 / middle))[..., 0],
+            "scales": xp.where(self._returns(xp, back, side), scales[..., 0], xp.inf),
         }
+
+    def _returns(
+        self, xp: Namespace, groups: Float[Array, "*axes groups 32"], side: Side
+    ) -> Bool[Array, "*axes groups"]:
+        """True for the groups of a span that stays finite when it is rotated back in float16."""
+        axes, count = groups.shape[:-2], groups.shape[-2] // 2
+        if self._bits(side) == 8:
+            halves = xp.matrix_transpose(xp.reshape(groups, (*axes, count, 2, LANES, 2)))
+        else:
+            halves = xp.reshape(groups, (*axes, count, 2, 2, LANES))
+        lanes = xp.reshape(xp.moveaxis(halves, -3, -2), (*axes, count, 2, 2 * LANES))
+        finite = xp.all(xp.isfinite(transform(xp, lanes)), axis=(-2, -1))
+        return xp.reshape(xp.broadcast_to(finite[..., None], (*axes, count, 2)), (*axes, 2 * count))
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         """The rotated numbers; of 4 bits, in each group those at even places come before those at odd ones."""
