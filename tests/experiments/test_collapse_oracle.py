@@ -6,11 +6,15 @@ from functools import cache
 import numpy as np
 import pytest
 
+from backends import backends
 from experiments import collapse
 from experiments.outliers import key_bias, pair_rescale
+from framework.backend import Model
 from framework.checkpoint import BUNDLED, open_checkpoint
+from framework.errors import KvtwinError
 from framework.spec import ModelSpec
 from framework.weights import Weights
+from tests.twins import unchecked
 
 ROWS, TOKENS = 6, 128
 BITS = {"exl2_q4()": (4, 4), "exl2_q6()": (8, 4), "exl2_q8()": (8, 8)}
@@ -129,3 +133,41 @@ def test_the_oracle_collapses_as_published() -> None:
         assert right(1.0, codec) == pytest.approx(exact, rel=0.02)
     assert right(300.0, "exl2_q4()", "key_bias") > 1.5 * right(300.0, "full()", "key_bias")
     assert right(300.0, "full()", "key_bias") == pytest.approx(exact, rel=0.01)
+
+
+def built(backend: str, strength: float, rewrite: str = "pair_rescale") -> Model:
+    return backends.get(backend).build(*model(strength, rewrite), "float64")
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("torch", "exl2_q4()", 100.0, "pair_rescale"),
+    ("flax", "exl2_q4()", 100.0, "pair_rescale"),
+    pytest.param("torch", "exl2_q6()", 100.0, "pair_rescale", marks=SLOW),
+    pytest.param("flax", "exl2_q6()", 100.0, "pair_rescale", marks=SLOW),
+    pytest.param("torch", "exl2_q8()", 100.0, "pair_rescale", marks=SLOW),
+    pytest.param("flax", "exl2_q8()", 100.0, "pair_rescale", marks=SLOW),
+    pytest.param("reference", "exl2_q4()", 100.0, "pair_rescale", marks=SLOW),
+    pytest.param("torch", "exl2_q4()", 300.0, "key_bias", marks=SLOW),
+    pytest.param("flax", "exl2_q4()", 300.0, "key_bias", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("backend", "codec", "strength", "rewrite"), CASES)
+def test_a_backend_collapses_as_the_oracle(backend: str, codec: str, strength: float, rewrite: str) -> None:
+    expected = right(strength, codec, rewrite)
+    with unchecked():
+        found, held = collapse.perplexity(built(backend, strength, rewrite), text(), codec)
+    assert found == pytest.approx(expected, rel=1e-6)
+    if backend != "reference":
+        k_bits, v_bits = BITS[codec]
+        assert (
+            held == 4 * 2 * 32 * (k_bits + v_bits + 1) / 8
+        )  # layers, kv heads, head_dim; half a bit of scales each
+
+
+@pytest.mark.parametrize("codec", BITS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=SLOW)])
+def test_an_overflow_is_an_error_that_names_its_place(backend: str, codec: str) -> None:
+    with pytest.raises(KvtwinError, match=r"layer 0, head \d"):
+        collapse.perplexity(built(backend, 1000.0), text(), codec)
