@@ -31,6 +31,7 @@ from framework.tokenizer import Tokenizer
 
 FULL = "full()"
 CODECS = (FULL, "exl2_q8()", "exl2_q6()", "exl2_q4()")
+USUAL = {"pair_rescale": CODECS, "key_bias": (*CODECS, "unbias(codec=exl2_q4())")}
 REWRITES = {"pair_rescale": pair_rescale, "key_bias": key_bias}
 STRENGTHS = {
     "pair_rescale": (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
@@ -233,7 +234,7 @@ def command(
         rewrite,
         strength or STRENGTHS[rewrite],
         Sites(layers=layer, heads=head, pair=pair),
-        codec or CODECS,
+        codec or USUAL[rewrite],
         [each.strip() for each in backends.split(",")],
         dtype,
     )

@@ -166,6 +166,14 @@ def test_a_backend_collapses_as_the_oracle(backend: str, codec: str, strength: f
         )  # layers, kv heads, head_dim; half a bit of scales each
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=SLOW)])
+def test_without_the_bias_nothing_collapses(backend: str) -> None:
+    exact = right(300.0, "full()", "key_bias")
+    with unchecked():
+        found, _ = collapse.perplexity(built(backend, 300.0, "key_bias"), text(), "unbias(codec=exl2_q4())")
+    assert found == pytest.approx(exact, rel=0.02)
+
+
 @pytest.mark.parametrize("codec", BITS)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=SLOW)])
 def test_an_overflow_is_an_error_that_names_its_place(backend: str, codec: str) -> None:
