@@ -213,7 +213,7 @@ def command(
         Path | None, typer.Option(help="A file of text; by default the held-out text of bytes.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Stretches of text, read side by side.")] = 24,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     out: Annotated[Path | None, typer.Option(help="Folder for collapse.jsonl and collapse.png.")] = None,
 ) -> None:
     """Measure the perplexity of codecs under outlier keys; exit code 1 when backends differ or numbers run out."""

@@ -227,7 +227,7 @@ def test_the_command_tells_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--rewrite", "magic"], "no rewrite 'magic'; expected pair_rescale or key_bias"),
         (["--tokens", "0"], "stretches of 0 tokens"),
-        (["--rows", "9999"], "9999 stretches of 256 tokens"),
+        (["--rows", "9999"], "9999 stretches of 128 tokens"),
         (["--text", "nothere"], "cannot read the text nothere"),
         (["--codec", "exl9()"], "no codec is called 'exl9'"),
         (["--codec", "full()", "--strength", "0"], "a pair is rescaled by 0.0"),
