@@ -80,6 +80,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator
 
     names = [name for name in dict.fromkeys(cell.codec for cell in cells) if name != FULL]
     colours = dict(zip(names, pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors, strict=False))
@@ -103,14 +104,16 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
                 )
                 left.plot(*zip(*points, strict=True), color=colours[name], marker="o", **style)
         lost = [cell.strength for cell in cells if cell.codec == name and cell.perplexity is None]
-        if lost:
-            left.plot(
-                lost, [1.0] * len(lost), color=colours[name], marker="x", markersize=8, ls="", clip_on=False
-            )
+        height = [0.05 + 0.05 * names.index(name)] * len(lost)  # of the panel: they have no ratio
+        left.plot(lost, height, color=colours[name], marker="x", ls="", transform=left.get_xaxis_transform())
         if name in PUBLISHED:
             right.plot([0], [PUBLISHED[name] / PUBLISHED[FULL]], color=colours[name], marker="o", ls="")
     left.set_xscale("symlog" if any(cell.strength <= 0 for cell in cells) else "log")
     left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("factor of the pair" if first.rewrite == "pair_rescale" else "bias added to the keys")
     left.set_ylabel("perplexity, relative to the exact cache")
     left.set_title(
