@@ -17,9 +17,9 @@ each step to float16, and gives NaN where a sum is beyond it.
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float16
 
-from framework.arrays import Array, Namespace
+from framework.arrays import Array, Namespace, when
 from framework.codec import Codec, Parts, Side
 from framework.hadamard import blockwise, matrix, transform
 from framework.packing import pack, unpack
@@ -51,17 +51,27 @@ class Exl2(Codec):
         codes = xp.clip(xp.round(ratio * middle + middle), 0.0, 2 * middle - 1)
         packed = pack(xp, xp.astype(codes, xp.uint8), self._bits(side))
         scales = most * (1 / middle)
-        # The product is exact in float32, and rounded once: what ExLlamaV2 rotates back.
-        back = half(xp, (codes - middle) * xp.astype(scales, xp.float32))
+        # Below 60000 / 32 no sum of 32 numbers on the way back leaves float16.
+        whole = when(
+            xp,
+            xp.any(most > 1875.0),
+            lambda: self._returns(xp, codes - middle, scales, side),
+            xp.isfinite(scales[..., 0]),
+        )
         return {
             "codes": xp.reshape(packed, (*axes, x.shape[-1] * self._bits(side) // 8)),
-            "scales": xp.where(self._returns(xp, back, side), scales[..., 0], xp.inf),
+            "scales": xp.where(whole, scales[..., 0], xp.inf),
         }
 
     def _returns(
-        self, xp: Namespace, groups: Float[Array, "*axes groups 32"], side: Side
+        self,
+        xp: Namespace,
+        steps: Float[Array, "*axes groups 32"],
+        scales: Float16[Array, "*axes groups 1"],
+        side: Side,
     ) -> Bool[Array, "*axes groups"]:
         """True for the groups of a span that stays finite when it is rotated back in float16."""
+        groups = half(xp, xp.astype(steps, xp.float32) * xp.astype(scales, xp.float32))  # rounded once
         axes, count = groups.shape[:-2], groups.shape[-2] // 2
         if self._bits(side) == 8:
             halves = xp.matrix_transpose(xp.reshape(groups, (*axes, count, 2, LANES, 2)))
