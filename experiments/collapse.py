@@ -5,7 +5,7 @@ that every token but the current one is read from coded storage. What is told is
 first of each stretch. All stretches are rows of one batch.
 
 Models compute in float64 here: a number on the border of two codes falls to one side or the other by rounding, and once
-a codec has lost the text each such code is felt. In float32 the perplexities of two backends differ in the third digit.
+a codec has lost the text each such code is felt. In float32 two backends differ in the fourth digit.
 """
 
 import json
