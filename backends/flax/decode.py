@@ -7,7 +7,7 @@ traced. Decode donates the buffers; `advance` changes their shapes.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,7 +59,11 @@ OUTPUT = 512  # the loop's output grows in these steps
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """The modules without their parameters: a static argument, compared by identity, which costs nothing per call."""
+    """The modules without their parameters: a static argument, compared by identity, which costs nothing per call.
+
+    `interned` gives the same one for the same structure, so that models that differ in weights alone share what is
+    compiled.
+    """
 
     graph: Any
     tree: Any
@@ -69,11 +73,14 @@ class Skeleton:
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
 
+interned = cache(Skeleton)
+
+
 def skeleton(decoder: "Decoder") -> tuple[Skeleton, list[jax.Array]]:
     """Structure and parameters of the modules, apart."""
     graph, state = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(state)
-    return Skeleton(graph, tree), leaves
+    return interned(graph, tree), leaves
 
 
 def no_tap(name: str, value: jax.Array) -> None:

@@ -13,6 +13,7 @@ from framework.backend import Model
 from framework.compare import TOLERANCE, drift
 from framework.decode import Sampling
 from framework.errors import KvtwinError
+from framework.weights import random_weights
 from tests.twins import LENGTHS, compilations, hybrid, hybrid_spec, hybrid_weights, prompts, texts, unchecked
 
 POLICY = "h2o(budget={})"
@@ -20,6 +21,7 @@ POLICY = "h2o(budget={})"
 
 def fresh(dtype: str = "float32") -> Model:
     """A model that nothing has been compiled for."""
+    compiled.interned.cache_clear()
     return backends.get("flax").build(hybrid_spec(), hybrid_weights(), dtype)
 
 
@@ -63,6 +65,19 @@ def test_streaming_compiles_twice() -> None:
                 model.stream(texts()[0, :length].tolist(), policy=POLICY.format(9), max_new_tokens=30)
             )
     assert len(seen) == 2, seen
+
+
+def test_models_that_differ_in_weights_alone_share_what_is_compiled() -> None:
+    run(fresh(), POLICY.format(9), 25, 20)
+    other = backends.get("flax").build(hybrid_spec(), hybrid_weights(4), "float32")
+    larger = backends.get("flax").build(
+        hybrid_spec(ffn=29), random_weights(hybrid_spec(ffn=29), 4), "float32"
+    )
+    with compilations() as seen, unchecked():
+        run(other, POLICY.format(9), 25, 20)
+        assert not seen
+        run(larger, POLICY.format(9), 25, 20)
+        assert len(seen) == 2
 
 
 def test_given_tokens_compile_one_step() -> None:
