@@ -50,7 +50,7 @@ def attention(
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
     # Where the probabilities are made, a few arrays of their size live at once.
-    block = BLOCK if layer.softcap is None and sums is None else BLOCK // 4
+    block = BLOCK if layer.softcap is None and sums is None else BLOCK // 8
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         end = first + stop
