@@ -236,11 +236,17 @@ class Cache(ABC):
             raise KvtwinError(
                 f"{len(forced)} forced sets came; expected one for each of the {len(limits)} layers that evict"
             )
+        together = any(self.codec.joint(layer) for layer in self.spec.layers)
         for kept, limit in zip(forced, limits, strict=True):
             most = int((np.asarray(kept)[rows] >= 0).sum(-1).max(initial=0))
             if most > limit:
                 raise KvtwinError(
                     f"a forced set has {most} tokens; expected at most {limit}, what the layer may hold"
+                )
+            if together and (np.sort(kept, axis=-1) != np.sort(kept, axis=-1)[:, :1]).any():
+                raise KvtwinError(
+                    f"a forced set differs between heads, and codec {codecs.spelling(self.codec)} codes them together; "
+                    "expected one set for all heads of a layer"
                 )
 
     def check_fork(self, rows: int) -> None:
@@ -480,6 +486,8 @@ def read_policy(
 def read_codec(codec: str | Codec, policy: Policy, spec: ModelSpec) -> Codec:
     """The codec, made from its spelling; refused where it cannot store what the model makes under the policy."""
     made = codecs.make(codec) if isinstance(codec, str) else codec
+    if not isinstance(made, Codec):
+        raise KvtwinError(f'codec is {made!r}; expected a codec or its spelling, as "exl2_q6()"')
     check_codec(made, policy, spec)
     return made
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from framework.arrays import Array, Namespace, device
 from framework.codec import Codec, Side, codecs, decoded
@@ -58,8 +58,12 @@ def stored(
     result: dict[str, Array] = {}
     for side in SIDES:
         x = xp.astype(new[side], xp.float32)
+        none = x.shape[2] == 0  # a codec need not know that
+        if none:
+            x = xp.zeros((*x.shape[:2], 1, x.shape[3]), dtype=x.dtype, device=device(x))
         x = beside(xp, x) if codec.joint(layer) else x
-        result |= {f"{side}.{part}": value for part, value in codec.encode(xp, x, side).items()}
+        parts = codec.encode(xp, x, side)
+        result |= {f"{side}.{part}": value[:, :, :0] if none else value for part, value in parts.items()}
     return result
 
 
@@ -89,19 +93,24 @@ def shown(
     """Keys or values of all these slots, as the model sees them; of this dtype where they are coded."""
     if codec.exact:
         return streams[side]
+    codes = streams[f"{side}.codes"]
+    if codes.shape[2] == 0:
+        shape = (codes.shape[0], layer.kv_heads, 0, layer.head_dim)
+        return xp.zeros(shape, dtype=dtype, device=device(codes))
     x = decoded(codec, xp, parts_of(streams, side), side, dtype)
     return apart(xp, x, layer.kv_heads) if codec.joint(layer) else x
 
 
 def uncoded(
-    codec: Codec, xp: Namespace, layer: Layer, new: Mapping[str, Array], made: Streams
+    xp: Namespace, layer: Layer, positions: Int[Array, "batch slots"], new: Mapping[str, Array], made: Streams
 ) -> Bool[Array, "kv_heads"]:
-    """True for the heads of which something is not finite, as it came or as it was coded."""
+    """True for the heads of which something is not finite, as it came or as it was coded; padding does not count."""
     whole = (xp.int8, xp.uint8, xp.int16, xp.int32)  # NumPy's isdtype does not know bfloat16
     heads = xp.zeros(layer.kv_heads, dtype=xp.bool, device=device(new["keys"]))
+    padding = (positions < 0)[:, None, :, None]
     for x in (*new.values(), *made.values()):
         if x.dtype not in whole:
-            heads = heads | ~xp.all(xp.isfinite(x), axis=(0, 2, 3))
+            heads = heads | ~xp.all(xp.isfinite(x) | padding, axis=(0, 2, 3))
     return heads
 
 

@@ -18,6 +18,7 @@ from framework.arrays import FAR
 from framework.backend import Backend as Contract
 from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec, Side, codecs
+from framework.codecs.full import Full
 from framework.coding import SIDES, layout, payload, refused, shown, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
@@ -331,7 +332,7 @@ class ReferenceModel(Model):
         for layer in self.spec.layers:
             if layer.rope is not None:
                 angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
-        silent = replace(cache, policy=Window(reposition=cache.policy.repositions)).fork()
+        silent = replace(cache, policy=Window(reposition=cache.policy.repositions), codec=Full()).fork()
         for head in (head for row in silent.content for heads in row.heads for head in heads):
             head.memory, head.own = {}, {}
         found = [np.zeros((*tokens.shape, self.spec.dim)) for _ in self.spec.layers]
@@ -470,7 +471,7 @@ class ReferenceModel(Model):
         bias = self._bias(cache, index, positions)
         new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k - bias), ("values", v))}
         made = stored(codec, xp, layer, new)
-        unfit = uncoded(codec, xp, layer, new, made)
+        unfit = uncoded(xp, layer, positions[None], new, made)
         if unfit.any():
             raise refused(codec, [np.zeros_like(unfit)] * index + [unfit])
         for side in SIDES:

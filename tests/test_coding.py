@@ -9,6 +9,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
+import torch
 
 import backends.flax.attention
 import backends.torch.attention
@@ -250,11 +251,12 @@ def test_a_cache_lives_on_as_another(backend: str, policy: str, tmp_path: Path) 
     assert drift(runner.step(tokens[[2, 0]], picked)[0], expected[[2, 0]]) <= EXACT
 
 
+@pytest.mark.parametrize("codec", [TOYS[0], TOGETHER], ids=str)
 @slow_on_flax
-def test_tokens_are_taken_back(backend: str) -> None:
+def test_tokens_are_taken_back(backend: str, codec: Codec) -> None:
     """As if they had never come; the window is longer than these texts."""
     lengths, runner = (6, 8, 5), model(backend)
-    _, cache = rolling(backend, "full()", TOYS[0], 2, lengths)
+    _, cache = rolling(backend, "full()", codec, 2, lengths)
     straight = cache.fork()
     _, longer = runner.step(column(2, lengths), cache)
     assert snapshot_drift(longer.roll_back(1), straight) == 0.0
@@ -295,6 +297,90 @@ def test_what_cannot_be_coded_is_an_error(backend: str, layer: int, head: int) -
     runner = every_backend_there_is.get(backend).build(wide_spec(), bad, "float64")
     with np.errstate(all="ignore"), pytest.raises(KvtwinError, match=rf"layer {layer}, head {head} made"):
         runner.step(prompts(LENGTHS), runner.cache("full()", TOYS[0], 3))
+
+
+@slow_on_flax
+def test_padding_is_not_judged(backend: str) -> None:
+    """Rows without the token whose key cannot be coded; padding is computed as some token."""
+    bad = {key: value.copy() for key, value in weights().items()}
+    bad["embed.weight"][1:, 0] = 0
+    bad["layers.0.attention.key.weight"][:, 0] = 1e8
+    runner = every_backend_there_is.get(backend).build(wide_spec(), bad, "float64")
+    rows = [[5, 6, 7, 8], [9, 10]]
+    with np.errstate(over="ignore"):
+        logits, cache = runner.step(rows, runner.cache("full()", "fp16()", 2))
+        assert np.isfinite(logits).all()
+        with pytest.raises(KvtwinError, match="layer 0, head 0 made"):
+            runner.step([[0], [3]], cache)
+
+
+@pytest.mark.parametrize("codec", [each for each in CODED if not each.joint(wide_spec().layers[0])], ids=str)
+def test_a_row_may_be_silent(codec: Codec) -> None:
+    """Every codec meets a step that gives a row of the reference nothing."""
+    runner = model("reference")
+    _, cache = runner.step([[5, 6, 7], [9, 10]], runner.cache("full()", codec, 2))
+    silent, cache = runner.step([[5], [-1]], cache)
+    assert silent[0].any()
+    assert not silent[1].any()
+    assert runner.restore(runner.cache("full()", codec, 2).snapshot()).seen.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "flax"])
+def test_forced_sets_of_heads_that_are_coded_together_agree(backend: str) -> None:
+    runner, text = model(backend), prompts((16, 16, 16))
+    forced = [np.stack([np.arange(6), np.arange(10, 16)])[None].repeat(3, axis=0)] * 2
+    with pytest.raises(KvtwinError, match="a forced set differs between heads, and codec .*Turned"):
+        runner.step(text, runner.cache("tova(budget=6)", TOGETHER, 3), forced=forced)
+
+
+@pytest.mark.parametrize("codec", ["exl3()", TOGETHER], ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
+def test_no_byte_is_lost_where_heads_share_theirs(backend: str, codec: Codec | str) -> None:
+    """8 kv heads of 20 channels: 5 scales of a token do not divide by its heads."""
+    layer = replace(wide_spec().layers[0], heads=8, kv_heads=8, head_dim=20, rope=None)
+    spec = replace(wide_spec(), layers=(layer,) * 2)
+    runner = every_backend_there_is.get(backend).build(spec, random_weights(spec, 1, np.float32), "float32")
+    _, cache = runner.step(np.arange(51)[None].astype(np.int32), runner.cache("full()", codec))
+    kept = [each for one in cache.snapshot().layers for each in one.streams.items()]
+    scales = sum(x.nbytes for key, x in kept if not key.endswith("codes"))
+    assert (cache.bytes.scales, cache.bytes.payload) == (scales, sum(x.nbytes for _, x in kept) - scales)
+
+
+def test_a_long_call_behind_codes_keeps_no_weights_for_its_gradient() -> None:
+    """Blocks are computed again: what is saved for the backward pass does not grow with tokens x slots."""
+    runner, saved = model("torch", "float32"), []
+    text = np.resize(np.arange(700), (1, 1024)).astype(np.int32)
+
+    def count(x: Any) -> Any:
+        saved.append(x.nbytes)
+        return x
+
+    for codec in ("full()", "int8()"):
+        saved.append(0)
+        _, cache = runner.step(text, runner.cache("full()", codec), logits=None)
+        before = sum(saved)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), unchecked():
+            runner.gradients(text, cache)
+        saved[:] = [sum(saved) - before] if codec == "full()" else [saved[0], sum(saved) - before]
+    assert saved[1] < 3 * saved[0]
+
+
+@pytest.mark.parametrize("codec", [TOYS[0], TOYS[2]], ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
+def test_gradients_behind_codes(backend: str, codec: Codec) -> None:
+    """As the reference has them: keys and values of the call are exact, those before it are read from codes."""
+    ahead = prompts((11, 14, 12))[:, ::-1].copy()
+    held = {each: rolling(each, "h2o(budget=9)", codec, 1)[1] for each in ("reference", backend)}
+    found, expected = (model(each).gradients(ahead, cache) for each, cache in reversed(held.items()))
+    for one, other in zip(found, expected, strict=True):
+        assert drift(one, other) <= 1e-9
+
+
+@pytest.mark.parametrize("codec", [3, None, Turned])
+@pytest.mark.parametrize("backend", ["reference", "torch", "flax"])
+def test_what_is_no_codec_is_refused(backend: str, codec: Any) -> None:
+    with unchecked(), pytest.raises(KvtwinError, match="expected a codec or its spelling"):
+        model(backend).cache("full()", codec)
 
 
 @pytest.mark.parametrize(

@@ -237,4 +237,4 @@ def paged_attention(
     mixed = jnp.einsum("pgs,psd->pgd", e.astype(values.dtype), values, preferred_element_type=total)
     mixed = summed(mixed) / whole[..., None]
     sums = (e / whole[owner][..., None]).mean(axis=1).reshape(-1) if with_sums else None
-    return mixed.astype(values.dtype).reshape(batch, heads, group, 1, -1), sums
+    return mixed.astype(queries.dtype).reshape(batch, heads, group, 1, -1), sums

@@ -131,9 +131,10 @@ class FlaxCache(Cache):
             [positions] = layer.stored["positions"]
             filled = int((to_numpy(positions) >= 0).sum())
             for key, arrays in layer.stored.items():
-                each = sum(x.nbytes for x in arrays) // max(positions.size, 1)
-                totals[key] += filled * each
-                totals["padding"] += (positions.size - filled) * each
+                every = sum(x.nbytes for x in arrays)
+                own = every * filled // max(positions.size, 1)
+                totals[key] += own
+                totals["padding"] += every - own
             if isinstance(layer, PagedState):
                 totals["positions"] += layer.first.nbytes + layer.count.nbytes
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())

@@ -152,7 +152,7 @@ def _coded(
     made = stored(codec, jnp, layer, new)
     if codec.exact:
         return made, unfit
-    wrong = unfit[index] | uncoded(codec, jnp, layer, new, made)
+    wrong = unfit[index] | uncoded(jnp, layer, positions, new, made)
     return jax.lax.stop_gradient(made), [*unfit[:index], wrong, *unfit[index + 1 :]]
 
 
@@ -193,10 +193,9 @@ def _mixed(
     layer, codec, sums = plan.spec.layers[index], plan.codec, plan.policy.needs.sums
     keys, finish = held.streams["keys"] if codec.exact else new["keys"], None
     if given.biases is not None:
-        added = bias_at(plan, index, given, held.positions)
 
         def finish(block: jax.Array, span: Any) -> jax.Array:
-            return block + cut(added, span)
+            return block + bias_at(plan, index, given, cut(held.positions, span))
 
     if layer.rope is not None and plan.policy.repositions:
         table = given.tables[layer.rope]
@@ -206,7 +205,8 @@ def _mixed(
         q = rotate(q, own[:, :, None], table)
 
         def finish(block: jax.Array, span: Any) -> jax.Array:
-            block = block if given.biases is None else block + cut(added, span)
+            if given.biases is not None:
+                block = block + bias_at(plan, index, given, cut(held.positions, span))
             return rotate(block, cut(rank, span), table)
 
     if codec.exact:
@@ -227,7 +227,7 @@ def _mixed_in_pages(
         mine = position[owner // layer.kv_heads]
         mine = ((positions == mine) & (mine >= 0))[..., None]
         for side in SIDES:
-            own = new[side].reshape(-1, 1, layer.head_dim)[owner]
+            own = widened(new[side]).reshape(-1, 1, layer.head_dim)[owner]
             old = decoded(codec, jnp, parts_of(streams, side), side, own.dtype)
             if given.biases is not None and side == "keys":
                 spread = jnp.broadcast_to(

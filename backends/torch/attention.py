@@ -93,46 +93,71 @@ def coded_attention(
     They stand at slots `first`, `first + 1`, ..., or where `first` is the number of slots anywhere among them.
     """
     batch, kv_heads, group, tokens, head_dim = queries.shape
-    exact_keys, exact_values = widened(keys).transpose(-1, -2), widened(values)
-    wide, spans = exact_values.dtype, [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]
+    if first == 0:  # nothing is read from codes
+        new = query_positions[:, None].expand(-1, kv_heads, -1)
+        mixed, sums = attention(queries, keys, values, query_positions, new, layer, 0, with_sums)
+        beyond = key_positions.shape[-1] - tokens
+        return mixed, None if sums is None else functional.pad(sums, (0, beyond))
     start = torch.where(query_positions < 0, FAR, query_positions).amin(1)[:, None, None]
     old = key_positions[:, :, :first]
     old = torch.where(old < start, old, EMPTY)  # what the new tokens are read from is not in the codes
     new = query_positions[:, None].expand(-1, kv_heads, -1)
     both = torch.cat([old, new], dim=2)
+    backward = torch.is_grad_enabled() and queries.requires_grad
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
-    sums = exact_values.new_zeros(both.shape) if with_sums else None
-    for begin in range(0, tokens, BLOCK // 4):
-        stop = min(begin + BLOCK // 4, tokens)
-        q = widened(queries[..., begin:stop, :]).reshape(batch, kv_heads, -1, head_dim)
-        turned, pieces = coded.turned(q), []
-        for span in spans:
-            block, scale = coded.block("keys", span, wide)
-            piece = turned @ block.transpose(-1, -2)
-            pieces.append(piece if scale is None else piece * scale[:, :, None])
-        logits = torch.cat([*pieces, q @ exact_keys], dim=3) * layer.scale
-        if layer.softcap is not None:
-            logits = torch.tanh(logits / layer.softcap) * layer.softcap
-        mask = attends(query_positions[:, None, begin:stop, None], both[:, :, None], layer.window)
-        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
-        weights = softmax(xp, logits, mask)
-        out = weights[..., first:] @ exact_values
-        if spans:
-            total = torch.zeros_like(out)
-            for span in spans:
-                block, scale = coded.block("values", span, wide)
-                part = weights[..., span]
-                total += (part if scale is None else part * scale[:, :, None]) @ block
-            out += coded.returned(total)
+    sums = widened(keys.new_zeros(both.shape)) if with_sums else None
+    for begin in range(0, tokens, BLOCK // 8):
+        span = slice(begin, begin + BLOCK // 8)
+        given = (queries[..., span, :], keys, values, coded, query_positions[:, span], both, layer, first)
+        if backward:  # the probabilities of a block are made again when its gradient is due
+            out, received = checkpoint(_coded_block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, received = _coded_block(*given)
+        mixed[..., span, :] = out
         if sums is not None:
-            sums += weights.sum(dim=2) / group
-        mixed[..., begin:stop, :] = out.to(queries.dtype).reshape(batch, kv_heads, group, stop - begin, -1)
+            sums += received
     if sums is None:
         return mixed, None
     if first + tokens <= key_positions.shape[-1]:
         return mixed, functional.pad(sums, (0, key_positions.shape[-1] - first - tokens))
     mine = (key_positions[..., None] == new[:, :, None]) & (new[:, :, None] >= 0)
     return mixed, sums[..., :first] + (mine * sums[:, :, None, first:]).sum(-1)
+
+
+def _coded_block(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    coded: Coded,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    layer: Layer,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`coded_attention` of a few queries; `key_positions` are those of the coded slots and then of the new tokens."""
+    batch, kv_heads, group, tokens, head_dim = queries.shape
+    exact, wide = widened(values), widened(values[:0]).dtype
+    spans = [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]
+    q = widened(queries).reshape(batch, kv_heads, -1, head_dim)
+    turned, pieces = coded.turned(q), []
+    for span in spans:
+        block, scale = coded.block("keys", span, wide)
+        piece = turned @ block.transpose(-1, -2)
+        pieces.append(piece if scale is None else piece * scale[:, :, None])
+    logits = torch.cat([*pieces, q @ widened(keys).transpose(-1, -2)], dim=3) * layer.scale
+    if layer.softcap is not None:
+        logits = torch.tanh(logits / layer.softcap) * layer.softcap
+    mask = attends(query_positions[:, None, :, None], key_positions[:, :, None], layer.window)
+    mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
+    weights = softmax(xp, logits, mask)
+    total = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, exact.shape[-1])
+    for span in spans:
+        block, scale = coded.block("values", span, wide)
+        part = weights[..., span]
+        total = total + (part if scale is None else part * scale[:, :, None]) @ block
+    mixed = coded.returned(total) + weights[..., first:] @ exact
+    shape = (batch, kv_heads, group, tokens, exact.shape[-1])
+    return mixed.to(queries.dtype).reshape(shape), weights.sum(dim=2) / group
 
 
 def paged_attention(

@@ -89,9 +89,10 @@ class TorchCache(Cache):
             [positions] = layer.stored["positions"]
             filled = int((positions >= 0).sum())
             for key, tensors in layer.stored.items():
-                each = sum(x.nbytes for x in tensors) // max(positions.numel(), 1)
-                totals[key] += filled * each
-                totals["padding"] += (positions.numel() - filled) * each
+                every = sum(x.nbytes for x in tensors)
+                own = every * filled // max(positions.numel(), 1)
+                totals[key] += own
+                totals["padding"] += every - own
             if isinstance(layer, PagedLayer):
                 totals["positions"] += layer.first.nbytes + layer.count.nbytes
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
@@ -174,7 +175,7 @@ class TorchCache(Cache):
             gone = layer.positions >= end[:, None, None]
             layer.positions.masked_fill_(gone, EMPTY)
             for value in layer.streams.values():
-                value.masked_fill_(gone[..., None], 0)
+                value.masked_fill_(gone[:, : value.shape[1], :, None], 0)
             if layer.fill < layer.slots or not self.overwrites(layer):
                 filled = (layer.positions >= 0).any(dim=1).any(dim=0).nonzero()
                 layer.fill = int(filled.max()) + 1 if len(filled) else 0

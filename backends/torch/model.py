@@ -314,7 +314,7 @@ class TorchModel(Model):
         left = new if bias is None else new | {"keys": k - bias(positions[:, None])}
         made = stored(held.codec, xp, layer, left)
         if unfit is not None:
-            unfit.append(uncoded(held.codec, xp, layer, new, made))
+            unfit.append(uncoded(xp, layer, positions, new, made))
         if single and cache.overwrites(held) and held.used >= 1:
             held.overwrite(made, positions, start)
             first = held.slots - (tokens if held.codec.exact else 0)
@@ -375,10 +375,9 @@ class TorchModel(Model):
         rope, keys = layer.rope, held.streams["keys"] if codec.exact else new["keys"]
         finish = None
         if bias is not None:
-            added = bias(held.positions)
 
             def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
-                return block + added[:, :, span]
+                return block + bias(held.positions[:, :, span])
 
         if rope is not None and cache.policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
@@ -387,7 +386,7 @@ class TorchModel(Model):
             keys = self.tables.rotate(keys, rank if codec.exact else own, rope, cache.length)
 
             def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
-                block = block if bias is None else block + added[:, :, span]
+                block = block if bias is None else block + bias(held.positions[:, :, span])
                 return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
 
         if codec.exact:
@@ -409,7 +408,7 @@ class TorchModel(Model):
             mine = position[owner_of // layer.kv_heads]
             mine = ((positions == mine) & (mine >= 0))[..., None]
             for side in SIDES:
-                own = new[side].flatten(0, 1)[owner_of]
+                own = widened(new[side]).flatten(0, 1)[owner_of]
                 old = decoded(held.codec, xp, parts_of(streams, side), side, own.dtype)
                 if bias is not None and side == "keys":
                     each = bias(positions[:, None].expand(-1, layer.kv_heads, -1))

@@ -32,7 +32,7 @@ class Fp8(Codec):
             raise KvtwinError(f"fp8 has kind={self.kind!r}; expected one of {', '.join(KINDS)}")
         for name in ("k_scale", "v_scale"):
             scale = getattr(self, name)
-            if not (isinstance(scale, (int, float)) and 1e-20 <= scale <= 1e20):
+            if not (type(scale) in (int, float) and 1e-20 <= scale <= 1e20):
                 raise KvtwinError(f"fp8 has {name}={scale!r}; expected a number from 1e-20 to 1e20")
 
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:

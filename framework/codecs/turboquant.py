@@ -44,6 +44,9 @@ class TurboQuant(Codec):
 
     def __post_init__(self) -> None:
         least = 2 if self.residual else 1
+        for name, kind in (("bits", int), ("seed", int), ("residual", bool)):
+            if type(value := getattr(self, name)) is not kind:
+                raise KvtwinError(f"turboquant has {name}={value!r}; expected {kind.__name__}")
         if self.bits not in range(least, MOST + 1):
             raise KvtwinError(
                 f"turboquant has bits={self.bits!r}, residual={self.residual}; "
