@@ -1,13 +1,18 @@
-"""The codec `quanto`: a loop over single groups, from every library; optimum-quanto is the outside judge."""
+"""The codec `quanto`: a loop over single groups, from every library; the judges are optimum-quanto and transformers."""
 
 import numpy as np
 import pytest
+import torch
+from transformers import QuantizedCache
+from transformers.cache_utils import QuantoQuantizedLayer
 
+from backends import backends
 from framework.codec import codecs, decoded
 from framework.errors import KvtwinError
 from framework.packing import unpack
 from framework.spec import Layer
 from tests.libraries import LIBRARIES, everywhere, same_bytes
+from tests.tiny import huggingface, relative_drift, tiny_config, tiny_model, tiny_tokens
 
 NUMPY = LIBRARIES["numpy"][0]
 FORMS = [(4, 64), (2, 64), (4, 32), (2, 16)]  # bits and group; 64 is what transformers takes
@@ -120,25 +125,55 @@ def test_what_quanto_has_not_is_refused(spelled):
         codecs.make(f"quanto({spelled})")
 
 
+def unpacked(there, bits):
+    """The tensor of optimum-quanto with a code a byte, which it would compile C++ to read; and its codes."""
+    packed = (
+        there._data._data.numpy()
+    )  # row i of n has the groups i, n + i and so on, the first in its low bits
+    codes = np.concatenate([packed >> place & (2**bits - 1) for place in range(0, 8, bits)])
+    there._data = torch.from_numpy(codes)
+    return there, codes
+
+
 @pytest.mark.judge
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 def test_codes_and_scales_are_those_of_optimum_quanto(bits, group):
-    """Its codes are taken out of its bytes here, since it would compile C++ to do so."""
-    import torch
     from optimum.quanto import MaxOptimizer, qint2, qint4, quantize_weight
 
     for seed in range(1, 5):
         x, kind = torch.from_numpy(values(seed)), {2: qint2, 4: qint4}[bits]
         scale, shift = MaxOptimizer()(x, kind, 0, group)
-        there = quantize_weight(x, kind, 0, scale, shift, group)
-        packed = (
-            there._data._data.numpy()
-        )  # row i of n has the groups i, n + i and so on, the first in its low bits
-        codes = np.concatenate([packed >> place & (2**bits - 1) for place in range(0, 8, bits)])
-        there._data = torch.from_numpy(codes)
+        there, codes = unpacked(quantize_weight(x, kind, 0, scale, shift, group), bits)
         parts = quanto(bits, group).encode(NUMPY, x.numpy(), "values")
         np.testing.assert_array_equal(unpack(NUMPY, parts["codes"], bits), codes.reshape(x.shape))
         assert parts["scales"].tobytes() == scale.numpy().tobytes()
         assert parts["shifts"].tobytes() == shift.numpy().tobytes()
         read = quanto(bits, group).read(NUMPY, parts, "values")
         np.testing.assert_array_equal(read, there.dequantize().numpy())
+
+
+@pytest.mark.judge
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_model_goes_on_as_under_the_cache_of_hugging_face(bits, monkeypatch):
+    """That cache with no room for exact tokens: it codes all anew at each step, and finds the codes that it had."""
+    config = tiny_config("llama", 1) | {"head_dim": 64}
+    spec, weights = tiny_model("llama", 1, config)
+    first, then = (tiny_tokens(spec, seed, tokens=tokens) for seed, tokens in ((1, 23), (2, 8)))
+    code = QuantoQuantizedLayer._quantize
+    monkeypatch.setattr(
+        QuantoQuantizedLayer, "_quantize", lambda layer, x, axis: unpacked(code(layer, x, axis), bits)[0]
+    )
+    there = huggingface(config, weights)
+    theirs = QuantizedCache("quanto", there.config, nbits=bits, residual_length=1)
+    model = backends.get("torch").build(spec, weights, "float64")
+    ours, exact = model.cache("full()", quanto(bits), 2), model.cache("full()", "full()", 2)
+    lost = []
+    for tokens in (first, *np.split(then, 8, axis=1)):
+        with torch.inference_mode():
+            wanted = there(torch.from_numpy(tokens).long(), past_key_values=theirs).logits[:, -1:].numpy()
+        found, ours = model.step(tokens, ours)
+        plain, exact = model.step(tokens, exact)
+        assert relative_drift(found, wanted) < 1e-6
+        lost.append(relative_drift(plain, wanted))
+    assert lost[0] < 1e-6
+    assert min(lost[1:]) > {2: 0.1, 4: 0.01}[bits]
