@@ -1,10 +1,9 @@
-"""The specification as a program: decoder, cache and eviction in plain NumPy float64, slow and obvious.
+"""The specification as a program: decoder and eviction in plain NumPy float64, slow and obvious.
 
 Each row is run alone, without padding, buffers or batches; each head keeps its own list of tokens; survivors are picked
 with Python's sort. When two backends disagree, this says who is right.
 """
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,10 @@ import numpy as np
 
 from framework.arrays import FAR
 from framework.backend import Backend as Contract
-from framework.backend import Bytes, Cache, Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec, Side, codecs
+from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
+from framework.codec import Codec
 from framework.codecs.full import Full
-from framework.coding import SIDES, layout, payload, refused, shown, stored, uncoded
+from framework.coding import SIDES, layout, refused, shown, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.eviction import (
@@ -28,7 +27,6 @@ from framework.eviction import (
     heads_budgets,
     judge,
     measured,
-    merged,
     noted,
     repositioned,
     slot_memory,
@@ -37,169 +35,13 @@ from framework.eviction import (
 from framework.policies.window import Window
 from framework.policy import Block, Policy, View, name
 from framework.random import gumbel
+from framework.reference_cache import Head, ReferenceCache, Row, merge_heads, restored_head, select, stack
 from framework.reference_gradient import gradients as backward
 from framework.rope import angles
-from framework.snapshot import LayerSnapshot, Snapshot, canonical
+from framework.snapshot import Snapshot
 from framework.spec import Layer, ModelSpec, Rope
 from framework.tokenizer import ByteTokenizer, Tokenizer
 from framework.weights import check
-
-
-@dataclass
-class Head:
-    """What one kv head of one row holds, in position order; `memory` per slot and, in `own`, of the head.
-
-    `streams`: keys and values as the model sees them. `coded`: what a codec made of them, the first head having it for
-    all where they are coded as one; empty without a codec.
-    """
-
-    positions: np.ndarray
-    streams: dict[str, np.ndarray]
-    memory: dict[str, np.ndarray]
-    own: dict[str, np.ndarray]
-    coded: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass
-class Row:
-    """One sequence: `heads[layer][kv_head]`, and per layer the newest queries with their positions."""
-
-    heads: list[list[Head]]
-    queries: list[np.ndarray]
-    query_positions: list[np.ndarray]
-    seen: int = 0
-    dropped: int = 0
-
-
-@dataclass(repr=False, eq=False)
-class ReferenceCache(Cache):
-    """A list of rows."""
-
-    spec: ModelSpec
-    policy: Policy
-    codec: Codec
-    budgets: list[np.ndarray | None]
-    content: list[Row]
-    question: np.ndarray
-    capacity: int | None = None
-    length: int | None = None
-    steps: int = 0
-    pending: bool = False
-    singles: int = 0
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    consumed: bool = False
-
-    @property
-    def batch(self) -> int:
-        return len(self.content)
-
-    @property
-    def seen(self) -> np.ndarray:
-        self.alive()
-        return np.array([row.seen for row in self.content], np.int32)
-
-    @property
-    def bytes(self) -> Bytes:
-        self.alive()
-        heads = [head for row in self.content for layer in row.heads for head in layer]
-        held = [each for head in heads for each in self.held(head).items()]
-        return Bytes(
-            payload=sum(x.nbytes for key, x in held if payload(key)),
-            scales=sum(x.nbytes for key, x in held if not payload(key)),
-            positions=sum(head.positions.nbytes for head in heads),
-            memory=sum(x.nbytes for head in heads for x in [*head.memory.values(), *head.own.values()]),
-            queries=sum(x.nbytes for row in self.content for x in [*row.queries, *row.query_positions]),
-            padding=0,
-        )
-
-    def held(self, head: Head) -> dict[str, np.ndarray]:
-        """The streams of a head as they are stored."""
-        return head.streams if self.codec.exact else head.coded
-
-    def snapshot(self) -> Snapshot:
-        self.alive()
-        layers = []
-        for index in range(len(self.spec.layers)):
-            grid = [row.heads[index] for row in self.content]
-            first = grid[0][0]
-            asked = self.policy.needs.queries > 0
-            layers.append(
-                canonical(
-                    {
-                        key: _stack(
-                            [[held[key] for head in row if key in (held := self.held(head))] for row in grid]
-                        )
-                        for key in self.held(first)
-                    },
-                    _stack([[head.positions for head in row] for row in grid], -1),
-                    {
-                        key: _stack([[head.memory[key] for head in row] for row in grid])
-                        for key in first.memory
-                    },
-                    {key: np.array([[head.own[key] for head in row] for row in grid]) for key in first.own},
-                    np.stack([row.queries[index] for row in self.content]) if asked else None,
-                    np.stack([row.query_positions[index] for row in self.content]) if asked else None,
-                )
-            )
-        return Snapshot(
-            spec=self.spec,
-            policy=name(self.policy),
-            codec=codecs.spelling(self.codec),
-            dtype="float64",
-            layers=tuple(layers),
-            seen=self.seen,
-            dropped=self.last_eviction,
-            question=self.question.copy(),
-            budgets=tuple(self.budgets),
-            steps=self.steps,
-            pending=self.pending,
-            capacity=self.capacity,
-            length=self.length,
-        )
-
-    @property
-    def last_eviction(self) -> np.ndarray:
-        return np.array([row.dropped for row in self.content], np.int32)
-
-    def fork(self, rows: int = 1) -> "ReferenceCache":
-        self.check_fork(rows)
-        return self._gather(list(range(self.batch)) * rows)
-
-    def rows(self, index: Sequence[int]) -> "ReferenceCache":
-        self.check_rows(index)
-        return self._gather(list(index))
-
-    def _gather(self, index: list[int]) -> "ReferenceCache":
-        content = [copy.deepcopy(self.content[row]) for row in index]
-        budgets = [None if each is None else each[index] for each in self.budgets]
-        return replace(self, content=content, budgets=budgets, question=self.question[index])
-
-    def until(self, seen: np.ndarray) -> "ReferenceCache":
-        result = self.fork()
-        result.question = self.marked_until(seen)
-        for row, count in zip(result.content, seen, strict=True):
-            row.seen = int(count)
-            for heads in row.heads:
-                for head in heads:
-                    _select(head, np.flatnonzero(head.positions < count))
-        return result
-
-
-def _select(head: Head, index: np.ndarray) -> None:
-    head.positions = head.positions[index]
-    head.streams = {key: value[index] for key, value in head.streams.items()}
-    head.coded = {key: value[index] for key, value in head.coded.items()}
-    head.memory = {key: value[index] for key, value in head.memory.items()}
-
-
-def _stack(grid: list[list[np.ndarray]], empty: float | int = 0) -> np.ndarray:
-    """Arrays [row][head] of different lengths as one array [row head slots ...], padded with `empty`."""
-    wide = max(x.shape[0] for row in grid for x in row)
-    result = np.full((len(grid), len(grid[0]), wide, *grid[0][0].shape[1:]), empty, grid[0][0].dtype)
-    for index, row in enumerate(grid):
-        for number, x in enumerate(row):
-            result[index, number, : x.shape[0]] = x
-    return result
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float) -> np.ndarray:
@@ -358,7 +200,7 @@ class ReferenceModel(Model):
         spec, w, row = self.spec, self.weights, cache.content[number]
         positions = row.seen + np.arange(len(tokens), dtype=np.int32)
         row.seen += len(tokens)
-        linear, norm = self._linear, self._norm
+        linear, norm = self.linear, self.norm
         x = taps["embed"] = w["embed.weight"][tokens] * spec.embed_scale
         views = []
         for index, layer in enumerate(spec.layers):
@@ -392,10 +234,12 @@ class ReferenceModel(Model):
         taps["logits"] = out
         return views
 
-    def _linear(self, x: np.ndarray, key: str) -> np.ndarray:
+    def linear(self, x: np.ndarray, key: str) -> np.ndarray:
+        """The projection of this name, with its bias where it has one."""
         return x @ self.weights[f"{key}.weight"].T + self.weights.get(f"{key}.bias", 0.0)
 
-    def _norm(self, x: np.ndarray, key: str) -> np.ndarray:
+    def norm(self, x: np.ndarray, key: str) -> np.ndarray:
+        """The RMSNorm of this name."""
         return rms_norm(x, self.weights[f"{key}.weight"], self.spec.norm_eps, self.spec.norm_offset)
 
     def _attention(
@@ -502,23 +346,23 @@ class ReferenceModel(Model):
         if layer.rope is not None:
             cos, sin = angles(layer.rope, np.arange(row.seen + needs.ahead), cache.length, beyond=True)
         output = self.weights[f"layers.{index}.attention.output.weight"]
-        per_slot = {key: _stack([[head.memory[key] for head in heads]]) for key in slot_memory(policy)}
+        per_slot = {key: stack([[head.memory[key] for head in heads]]) for key in slot_memory(policy)}
         per_head = {key: np.array([[head.own[key] for head in heads]]) for key in heads[0].own}
         view = View(
             xp=xp,
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
-            positions=_stack([[head.positions for head in heads]], -1),
+            positions=stack([[head.positions for head in heads]], -1),
             budget=np.full((1, len(heads)), UNLIMITED, np.int32) if budget is None else budget[number][None],
             seen=np.array([row.seen], np.int32),
             question=cache.question[number : number + 1],
             memory={key: per_slot[key] for key in policy.memory} | per_head,
-            keys=_stack([[head.streams["keys"] for head in heads]]) if needs.keys or needs.queries else None,
-            values=_stack([[head.streams["values"] for head in heads]]) if needs.values else None,
+            keys=stack([[head.streams["keys"] for head in heads]]) if needs.keys or needs.queries else None,
+            values=stack([[head.streams["values"] for head in heads]]) if needs.values else None,
             queries=row.queries[index][None] if needs.queries else None,
             query_positions=row.query_positions[index][None] if needs.queries else None,
-            sums=_stack([sums]) if needs.sums else None,
+            sums=stack([sums]) if needs.sums else None,
             tokens=per_slot["tokens"].astype(np.int32) if needs.tokens else None,
             output=output.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
             if needs.output
@@ -591,11 +435,11 @@ class ReferenceModel(Model):
                     row.dropped = row.seen
                 chosen.append(np.array(slots, np.int32))
             if policy.merges and active:
-                _merge(policy, view, row.heads[index], chosen)
+                merge_heads(policy, view, row.heads[index], chosen)
             for head, picked in zip(row.heads[index], chosen, strict=True):
-                _select(head, picked)
+                select(head, picked)
             scored = np.asarray(scores, np.float64)
-            taken.append(Decision(index, view.positions, scored, protected, _stack([kept], -1), budget))
+            taken.append(Decision(index, view.positions, scored, protected, stack([kept], -1), budget))
         return taken
 
     def decode(
@@ -643,7 +487,8 @@ class ReferenceModel(Model):
                     side: shown(cache.codec, xp, own, layer.streams, side, np.float64) for side in SIDES
                 }
                 row.heads[number] = [
-                    _head_of(layer, streams, index, head, cache.codec.exact) for head in range(own.kv_heads)
+                    restored_head(layer, streams, index, head, cache.codec.exact)
+                    for head in range(own.kv_heads)
                 ]
                 for which, head in enumerate(row.heads[number] if cache.codec.unbiased else ()):
                     head.streams["keys"] += self._bias(cache, number, head.positions)[:, which]
@@ -653,31 +498,11 @@ class ReferenceModel(Model):
         return cache
 
 
-def _head_of(layer: LayerSnapshot, streams: dict[Side, np.ndarray], row: int, head: int, exact: bool) -> Head:
-    filled = layer.positions[row, head] >= 0
-    return Head(
-        layer.positions[row, head][filled],
-        {key: value[row, head][filled].astype(np.float64) for key, value in streams.items()},
-        {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
-        {key: np.asarray(value[row, head], np.float64) for key, value in layer.heads.items()},
-        {} if exact else {key: x[row, head][filled] for key, x in layer.streams.items() if head < x.shape[1]},
-    )
-
-
-def _merge(policy: Policy, view: View, heads: list[Head], chosen: list[np.ndarray]) -> None:
-    """Write what the policy makes of the kept slots' keys and values where they stand, and of its head memory."""
-    keys, values, memory = merged(policy, view, _stack([chosen], -1))
-    for which, (head, slots) in enumerate(zip(heads, chosen, strict=True)):
-        head.own |= {key: np.asarray(value[0, which]) for key, value in memory.items()}
-        head.streams["keys"][slots] = keys[0, which, : len(slots)]
-        head.streams["values"][slots] = values[0, which, : len(slots)]
-
-
 def _join(rows: list[Decision]) -> Decision:
     """The decisions of several rows as one batch."""
 
     def pile(arrays: list[np.ndarray], empty: float | int) -> np.ndarray:
-        return _stack([list(array[0]) for array in arrays], empty)
+        return stack([list(array[0]) for array in arrays], empty)
 
     return Decision(
         rows[0].layer,

@@ -11,7 +11,8 @@ from framework.rope import angles
 from framework.spec import Layer
 
 if TYPE_CHECKING:
-    from framework.reference import ReferenceCache, ReferenceModel
+    from framework.reference import ReferenceModel
+    from framework.reference_cache import ReferenceCache
 
 Taps = dict[str, np.ndarray]
 
@@ -28,7 +29,7 @@ def gradients(model: "ReferenceModel", cache: "ReferenceCache", number: int, tap
         at = f"layers.{index}"
         x = taps["embed" if index == 0 else f"layers.{index - 1}.output"]
         y = taps[f"{at}.attention.output"]
-        middle = x + (model._norm(y, f"{at}.attention_post_norm") if spec.post_norms else y)
+        middle = x + (model.norm(y, f"{at}.attention_post_norm") if spec.post_norms else y)
         slope = slope + _ffn(model, at, middle, taps, slope)
         own = _norm(model, f"{at}.attention_post_norm", y, slope) if spec.post_norms else slope
         found.append(own)
@@ -41,8 +42,8 @@ def _ffn(model: "ReferenceModel", at: str, x: np.ndarray, taps: Taps, slope: np.
     w = model.weights
     if model.spec.post_norms:
         slope = _norm(model, f"{at}.ffn_post_norm", taps[f"{at}.ffn"], slope)
-    h = model._norm(x, f"{at}.ffn_norm")
-    gate, up = model._linear(h, f"{at}.ffn.gate"), model._linear(h, f"{at}.ffn.up")
+    h = model.norm(x, f"{at}.ffn_norm")
+    gate, up = model.linear(h, f"{at}.ffn.gate"), model.linear(h, f"{at}.ffn.up")
     value, rise = ACTIVATIONS[model.spec.activation](gate)
     slope = slope @ w[f"{at}.ffn.down.weight"]
     inner = slope * up * rise @ w[f"{at}.ffn.gate.weight"] + slope * value @ w[f"{at}.ffn.up.weight"]
@@ -65,7 +66,7 @@ def _attention(
     h, inner = taps[f"{at}_norm"], np.zeros_like(x)
     for key, part in zip(("query", "key", "value"), parts, strict=True):
         if model.spec.query_key_norm and key != "value":
-            before = model._linear(h, f"{at}.{key}").reshape(part.shape)
+            before = model.linear(h, f"{at}.{key}").reshape(part.shape)
             part = _norm(model, f"{at}.{key}_norm", before, part)
         inner += part.reshape(len(x), -1) @ w[f"{at}.{key}.weight"]
     return _norm(model, f"layers.{index}.attention_norm", x, inner)

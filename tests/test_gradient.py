@@ -49,8 +49,8 @@ class Nudged(ReferenceModel):
 
     nudges: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def _linear(self, x: np.ndarray, key: str) -> np.ndarray:
-        return super()._linear(x, key) + self.nudges.get(key, 0.0)
+    def linear(self, x: np.ndarray, key: str) -> np.ndarray:
+        return super().linear(x, key) + self.nudges.get(key, 0.0)
 
 
 def objective(model: Model, row: np.ndarray, cache: Cache) -> float:
