@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The tensors of tests are tiny: handing them to a second thread takes ten times as long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# These assert for tests: a failure shows the values.
+pytest.register_assert_rewrite("tests.hooked", "tests.ragged", "tests.scored", "tests.trajectories")
 
 MAPS = Path("/proc/self/maps")
 MANY = 30_000
