@@ -1,113 +1,36 @@
-"""The life of a cache on every backend: fork, rows, roll back, save, load on another backend, chunks, and bad input."""
+"""The life of a cache on every backend: fork, rows, roll back, prompts in chunks, rows that stop, bytes."""
 
 import dataclasses
-import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
-from backends import backends
-from framework import snapshot as snapshots
 from framework.backend import Cache, Model
 from framework.compare import drift
 from framework.decode import Sampling
 from framework.errors import KvtwinError
-from framework.snapshot import Snapshot
-from framework.spec import Layer, ModelSpec, Rope
-from framework.weights import random_weights
-from tests.twins import unchecked
-
-BACKENDS = ("reference", "torch", "flax")
-EXACT = 1e-12
-
-# Every axis has another size: 3 kv heads, group 2, head_dim 4, 20 wide, 2 layers, 31 tokens, 5 queries.
-LAYER = Layer(heads=6, kv_heads=3, head_dim=4, scale=0.5, rope=Rope(theta=500.0, dim=4))
-SPEC = ModelSpec(
-    family="llama", vocab=31, dim=20, ffn=22, layers=(LAYER, LAYER), norm_eps=1e-5, positions=512
+from framework.spec import ModelSpec
+from tests.ragged import (
+    BACKENDS,
+    EXACT,
+    FEED,
+    FIRST,
+    H2O,
+    LAYER,
+    PROMPT,
+    SLIDING,
+    SNAPKV,
+    SPEC,
+    TAIL,
+    WINDOW,
+    assert_same_row,
+    begun,
+    differing,
+    fed,
+    model,
 )
-SLIDING = dataclasses.replace(SPEC, family="mistral", layers=(LAYER, dataclasses.replace(LAYER, window=10)))
-
-PROMPT = np.random.default_rng(3).integers(0, SPEC.vocab, (2, 11), dtype=np.int32)
-PROMPT[0, 8:] = -1  # a ragged batch
-FEED = np.random.default_rng(4).integers(0, SPEC.vocab, (2, 12), dtype=np.int32)
-
-WINDOW, TAIL = "window(budget=7, sinks=2)", "window(budget=6, sinks=2, interval=4)"
-H2O, SNAPKV = "h2o(budget=8)", "snapkv(budget=9, window=5, kernel=3, interval=3)"
-REPOSITION = "window(budget=8, sinks=2, reposition=True)"
-POLICIES = ("full()", WINDOW, TAIL, H2O, SNAPKV, REPOSITION)
-
-
-@functools.cache
-def model(backend: str, spec: ModelSpec = SPEC, dtype: str = "float64") -> Model:
-    return backends.get(backend).build(spec, random_weights(spec, 5), dtype)
-
-
-def begun(backend: str, policy: str = "full()", steps: int = 0, spec: ModelSpec = SPEC) -> Cache:
-    """A cache that has seen the prompt and then `steps` tokens, one a step."""
-    made = model(backend, spec)
-    _, cache = made.step(PROMPT, made.cache(policy, batch=2), logits=None)
-    return fed(backend, cache, FEED[:, :steps], spec)
-
-
-def fed(backend: str, cache: Cache, tokens: np.ndarray, spec: ModelSpec = SPEC) -> Cache:
-    for column in range(tokens.shape[1]):
-        _, cache = model(backend, spec).step(tokens[:, column : column + 1], cache)
-    return cache
-
-
-def arrays(shot: Snapshot) -> dict[str, np.ndarray]:
-    """Every array of a snapshot by name."""
-    named = {"seen": shot.seen, "dropped": shot.dropped}
-    for index, layer in enumerate(shot.layers):
-        named |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
-        named |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
-        named |= {f"{index}.heads.{key}": value for key, value in layer.heads.items()}
-        named[f"{index}.positions"] = layer.positions
-        if layer.queries is not None and layer.query_positions is not None:
-            named |= {f"{index}.queries": layer.queries, f"{index}.query_positions": layer.query_positions}
-    return named
-
-
-def differing(found: Snapshot, expected: Snapshot, tolerance: float = 0.0) -> list[str]:
-    """Names of what differs between two snapshots: arrays bit for bit, or floats within a tolerance."""
-    ours, theirs = arrays(found), arrays(expected)
-    wrong = sorted(ours.keys() ^ theirs.keys())
-    for key in ours.keys() & theirs.keys():
-        left, right = ours[key], theirs[key]
-        if left.shape != right.shape or left.dtype != right.dtype:
-            wrong.append(f"{key}: {left.dtype}{left.shape} and {right.dtype}{right.shape}")
-        elif left.dtype.kind == "f" and tolerance:
-            wrong += [key] if drift(left, right) > tolerance else []
-        elif left.tobytes() != right.tobytes():
-            wrong.append(key)
-    facts = ("policy", "codec", "steps", "pending", "capacity", "length")
-    return wrong + [key for key in facts if getattr(found, key) != getattr(expected, key)]
-
-
-def row_of(shot: Snapshot, row: int) -> list[tuple[np.ndarray, ...]]:
-    """What one row holds, head by head, without padding."""
-    held = []
-    for layer in shot.layers:
-        for head in range(layer.positions.shape[1]):
-            filled = layer.positions[row, head] >= 0
-            slots = [layer.positions, *layer.streams.values(), *layer.memory.values()]
-            held.append(tuple(x[row, head][filled] for x in slots))
-    return held
-
-
-def assert_same_row(found: Snapshot, row: int, expected: Snapshot, other: int) -> None:
-    assert found.seen[row] == expected.seen[other]
-    for left, right in zip(row_of(found, row), row_of(expected, other), strict=True):
-        for ours, theirs in zip(left, right, strict=True):
-            assert ours.shape == theirs.shape
-            assert drift(ours, theirs) <= EXACT
-
 
 # Fork and rows.
 
@@ -276,221 +199,6 @@ def test_what_is_empty_is_zero_in_a_snapshot(backend: str) -> None:
     assert cache.snapshot().seen.tolist() == [0, 3]
 
 
-# Save, load, go on.
-
-
-def held_back(backend: str, policy: str) -> Cache:
-    """A cache whose last call appended without evicting."""
-    made = model(backend)
-    _, cache = made.step(PROMPT, made.cache(policy, batch=2), evict=False)
-    return cache
-
-
-STATES: dict[str, Callable[[str, str], Cache]] = {
-    "prompt": begun,
-    "two steps": functools.partial(begun, steps=2),  # between two evictions where there is an interval
-    "held back": held_back,
-}
-FIRST = np.stack([np.eye(SPEC.vocab)[7], np.eye(SPEC.vocab)[12]])
-
-
-def next_tokens(backend: str, cache: Cache) -> tuple[list[list[int]], list[list]]:
-    """The next 50 tokens, and what is held afterwards."""
-    tokens, _, cache = model(backend).decode(cache, FIRST, Sampling(), (), 50)
-    return tokens.tolist(), [kept.tolist() for kept in cache.kept]
-
-
-@functools.cache
-def saved(backend: str, policy: str, state: str) -> tuple[Snapshot, list, list]:
-    """A cache as data, and how its own backend goes on with it."""
-    cache = STATES[state](backend, policy)
-    return cache.snapshot(), *next_tokens(backend, cache)
-
-
-ROUTES = [("reference", "torch"), ("torch", "flax"), ("flax", "torch"), ("flax", "reference")]
-
-
-FAST = {("full()", "two steps"), (H2O, "held back"), *((policy, "two steps") for policy in POLICIES[1:])}
-MOMENTS = [
-    pytest.param(policy, state, marks=[] if (policy, state) in FAST else [pytest.mark.slow])
-    for policy in POLICIES
-    for state in STATES
-]
-
-
-@pytest.mark.parametrize(("policy", "state"), MOMENTS)
-@pytest.mark.parametrize(("source", "target"), ROUTES, ids=lambda name: name)
-def test_save_load_and_go_on_equals_straight(
-    source: str, target: str, policy: str, state: str, tmp_path: Path
-) -> None:
-    shot, tokens, kept = saved(source, policy, state)
-    shot.save(tmp_path / "cache.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]
-    restored = model(target).restore(tmp_path / "cache.safetensors")
-    assert differing(restored.snapshot(), shot) == []
-    assert next_tokens(target, restored) == (tokens, kept)
-
-
-@pytest.mark.parametrize(("source", "target"), [("flax", "torch"), ("torch", "flax")], ids=lambda name: name)
-def test_a_restored_cache_takes_a_chunk_and_rolls_back(source: str, target: str, tmp_path: Path) -> None:
-    begun(source, steps=2).save(tmp_path / "cache.safetensors")
-    _, restored = model(target).step(FEED[:, 2:5], model(target).restore(tmp_path / "cache.safetensors"))
-    expected = begun(target, steps=3).snapshot()
-    assert differing(restored.roll_back(2).snapshot(), expected, EXACT) == []
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("source", "target"), [("flax", "torch"), ("torch", "flax")], ids=lambda name: name)
-def test_other_dtypes_keep_their_bits(source: str, target: str, dtype: str, tmp_path: Path) -> None:
-    made = model(source, SPEC, dtype)
-    _, cache = made.step(PROMPT, made.cache(H2O, batch=2), logits=None)
-    cache.save(tmp_path / "cache.safetensors")
-    restored = model(target, SPEC, dtype).restore(tmp_path / "cache.safetensors").snapshot()
-    assert restored.dtype == dtype
-    assert differing(restored, cache.snapshot()) == []
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    begun("torch", H2O).save(tmp_path / "cache.safetensors")
-    return tmp_path / "cache.safetensors"
-
-
-def _contents(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with safe_open(file, framework="numpy") as opened:
-        return load_file(file), json.loads(opened.metadata()["kvtwin"])
-
-
-def _rewritten(file: Path, named: dict[str, np.ndarray], facts: Any) -> None:
-    save_file(named, file, metadata={"kvtwin": json.dumps(facts)})
-
-
-def _truncated(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
-
-
-def _without_array(file: Path) -> None:
-    named, facts = _contents(file)
-    _rewritten(file, {key: value for key, value in named.items() if key != "1.positions"}, facts)
-
-
-def _without_memory(file: Path) -> None:
-    named, facts = _contents(file)
-    _rewritten(file, {key: value for key, value in named.items() if key != "1.memory.mass"}, facts)
-
-
-def _cut(name: str) -> Callable[[Path], None]:
-    def damage(file: Path) -> None:
-        named, facts = _contents(file)
-        _rewritten(file, named | {name: np.ascontiguousarray(named[name][:, :1])}, facts)
-
-    return damage
-
-
-def _dtype(file: Path) -> None:
-    named, facts = _contents(file)
-    _rewritten(file, named | {"0.positions": named["0.positions"].astype(np.float64)}, facts)
-
-
-def _fewer_questions(file: Path) -> None:
-    named, facts = _contents(file)
-    _rewritten(file, named | {"question": named["question"][:1]}, facts)
-
-
-def _fact(**changes: Any) -> Callable[[Path], None]:
-    def damage(file: Path) -> None:
-        named, facts = _contents(file)
-        _rewritten(file, named, facts | changes)
-
-    return damage
-
-
-def _without_fact(file: Path) -> None:
-    named, facts = _contents(file)
-    facts.pop("steps")
-    _rewritten(file, named, facts)
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated": (_truncated, "is not a readable cache file"),
-    "empty": (lambda file: file.write_bytes(b""), "is not a readable cache file"),
-    "other bytes": (lambda file: file.write_bytes(b"kvtwin" * 40), "is not a readable cache file"),
-    "missing": (lambda file: file.unlink(), "no cache file at"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "no cache file at"),
-    "no cache": (lambda file: save_file({"x": np.zeros(3)}, file), "is not a kvtwin cache"),
-    "facts that are none": (lambda file: _rewritten(file, {"x": np.zeros(3)}, [1]), "is not a kvtwin cache"),
-    "another format": (_fact(format="kvtwin-cache-0"), "is not a kvtwin cache of format"),
-    "an array is missing": (_without_array, r"lacks the array '1.positions'"),
-    "memory is missing": (_without_memory, r"memory.*mass"),
-    "fewer heads": (_cut("0.stream.keys"), r"0.stream.keys has shape \(2, 1, 8, 4\)"),
-    "fewer positions": (_cut("1.positions"), r"1.positions has shape \(2, 1, 8\)"),
-    "fewer questions": (_fewer_questions, r"question has shape \(1,\); expected \(2,\)"),
-    "positions as floats": (_dtype, r"0.positions .*float64"),
-    "a fact is missing": (_without_fact, "steps"),
-    "a fact too many": (_fact(extra=1), "extra"),
-    "an unknown policy": (_fact(policy="h2oo(budget=8)"), "h2oo"),
-    "an unknown codec": (_fact(codec="fulll()"), "fulll"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_damaged_file_is_refused(backend: str, damage: str, file: Path) -> None:
-    spoil, reason = DAMAGES[damage]
-    spoil(file)
-    with pytest.raises(KvtwinError, match=reason) as caught:
-        model(backend).restore(file)
-    assert len(str(caught.value).splitlines()) <= 3
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cache_of_another_model_is_refused(backend: str, file: Path) -> None:
-    other = dataclasses.replace(SPEC, vocab=37, norm_eps=1e-6)
-    with pytest.raises(KvtwinError, match="a cache of another model: norm_eps, vocab differ"):
-        model(backend, other).restore(file)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_saving_into_no_folder(backend: str, tmp_path: Path) -> None:
-    with pytest.raises(KvtwinError, match="the folder .* does not exist"):
-        begun(backend).save(tmp_path / "nowhere" / "cache.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_saving_onto_a_folder(backend: str, tmp_path: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(KvtwinError, match="cannot save the cache to .*taken"):
-        begun(backend).save(tmp_path / "taken")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_save_that_breaks_off_leaves_the_old_file(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "cache.safetensors"
-    begun(backend).save(target)
-    old = target.read_bytes()
-
-    def full_disk(arrays: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(snapshots, "save_file", full_disk)
-    with pytest.raises(KvtwinError, match="No space left on device"):
-        begun(backend, steps=1).save(target)
-    assert target.read_bytes() == old
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_saving_does_not_consume(backend: str, tmp_path: Path) -> None:
-    cache = begun(backend)
-    cache.save(tmp_path / "cache.safetensors")
-    assert fed(backend, cache, FEED[:, :1]).seen.tolist() == [9, 12]
-
-
 # Calls.
 
 
@@ -632,89 +340,3 @@ def test_rolling_back_a_ragged_batch_leaves_room_for_what_follows(backend: str) 
     assert cache.seen.tolist() == [25, 23]
     assert cache.kept[0][0, 0].tolist() == list(range(25))
     assert cache.kept[0][1, 0].tolist() == [*range(23), -1, -1]
-
-
-# Bad input.
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"phase": "Decode"}, "phase='Decode'"),
-        ({"phase": "pass"}, "phase='pass'"),
-        ({"logits": "none"}, "logits='none'"),
-        ({"forced": []}, "0 forced sets came"),
-        ({"forced": [np.zeros((2, 2, 1), np.int32)] * 3}, "3 forced sets came"),
-        ({"forced": [np.zeros((2, 2, 7), np.int32)] * 2}, "a forced set has 7 tokens; expected at most"),
-    ],
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_options_of_a_step_are_refused_and_leave_the_cache(
-    backend: str, options: dict[str, Any], reason: str
-) -> None:
-    made = model(backend)
-    _, cache = made.step(PROMPT, made.cache("h2o(budget=6)", batch=2))
-    with unchecked(), pytest.raises(KvtwinError, match=reason):
-        made.step(FEED[:, :1], cache, **options)
-    assert cache.seen.tolist() == [8, 11]
-
-
-@pytest.mark.parametrize("sizes", [{"batch": 2.5}, {"batch": True}, {"capacity": "9"}, {"length": 0}])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sizes_that_are_no_whole_numbers_are_refused(backend: str, sizes: dict[str, Any]) -> None:
-    (what,) = sizes
-    with unchecked(), pytest.raises(KvtwinError, match=f"{what} is .*; expected an integer of at least 1"):
-        model(backend).cache(**sizes)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "reason"),
-    [
-        (np.array([[1, 31], [0, 2]]), "token 31 at row 0, column 1; expected 0 to 30, or -1 for padding"),
-        (np.array([[1, 2], [0, -2]]), "token -2 at row 1, column 1; expected 0 to 30"),
-        (np.array([[1, 2]]), "tokens have 1 rows; expected 2, the batch of the cache"),
-        (np.zeros((2, 0), np.int32), r"shape \(2, 0\); expected \[batch, tokens\] with at least one token"),
-        (np.zeros(2, np.int32), r"shape \(2,\); expected \[batch, tokens\]"),
-        ([], "no list of rows"),
-        ([[], []], "at least one token"),
-        ([1, 2], "no list of rows"),
-        (np.array([[0.5], [1.0]]), "tokens have dtype float64; expected integers"),
-        (np.array([[np.nan], [1.0]]), "tokens have dtype float64; expected integers"),
-        (np.array([["a"], ["b"]]), "expected integers"),
-        ([["a"], ["b"]], "expected integers"),
-    ],
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_tokens_are_refused_and_leave_the_cache(backend: str, tokens: Any, reason: str) -> None:
-    cache = begun(backend)
-    with unchecked(), pytest.raises(KvtwinError, match=reason):
-        model(backend).step(tokens, cache)
-    assert cache.seen.tolist() == [8, 11]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_beyond_the_capacity(backend: str) -> None:
-    made = model(backend)
-    _, cache = made.step(PROMPT, made.cache(batch=2, capacity=12))
-    _, cache = made.step(FEED[:, :1], cache)
-    with pytest.raises(KvtwinError, match="13 tokens exceed the capacity 12"):
-        made.step(FEED[:, :1], cache)
-    with pytest.raises(KvtwinError, match="capacity 12"):
-        made.decode(cache, FIRST, Sampling(), (), 1)
-    assert cache.seen.tolist() == [9, 12]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_prompt_beyond_the_capacity(backend: str) -> None:
-    made = model(backend)
-    cache = made.cache(batch=2, capacity=10)
-    with pytest.raises(KvtwinError, match="11 tokens exceed the capacity 10"):
-        made.step(PROMPT, cache)
-    assert cache.seen.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize(("field", "value"), [("batch", 0), ("batch", -1), ("capacity", 0)])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cache_of_nothing_is_refused(backend: str, field: str, value: int) -> None:
-    with pytest.raises(KvtwinError, match=f"{field} is {value}; expected an integer of at least 1"):
-        model(backend).cache(**{field: value})
