@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from experiments.check_case import Failure, tiny_spec
+from experiments.check_case import tiny_spec
+from experiments.check_failure import Failure
 from framework.errors import KvtwinError
 from framework.eviction import layer_budgets
 from framework.policy import Policy, name, policies
@@ -42,9 +43,9 @@ def run(policy: Policy, tier: Tier = "all") -> list[Result]:
 
 
 def _results(policy: Policy, tier: Tier) -> Iterator[Result]:
-    from experiments import check_case, check_model, check_rule
+    from experiments import check_model, check_outcome, check_rule
 
-    check_case.libraries()  # their import is no part of a check's time
+    check_outcome.libraries()  # their import is no part of a check's time
     checks: list[tuple[Any, Callable]] = []
     if tier in ("rule", "all"):
         checks += [(check, check_rule.attempt) for check in check_rule.CHECKS]

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.check_case import TOLERANCE, Failure, least_budget, short, tiny_spec
-from experiments.check_rule import broken
+from experiments.check_case import least_budget, tiny_spec
+from experiments.check_failure import Failure, broken
+from experiments.check_outcome import TOLERANCE, short
 from framework.arrays import FAR
 from framework.errors import KvtwinError
 from framework.policy import Policy
