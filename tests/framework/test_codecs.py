@@ -29,6 +29,28 @@ LIBRARIES = {
 }
 
 
+FIRST = {codecs.spelling(codecs.get(name).examples()[0]) for name in codecs.names()}
+
+
+def in_libraries(*libraries):
+    """Every case in these libraries; what jax compiles for more than one example of a codec is slow."""
+    return pytest.mark.parametrize(
+        ("codec", "side", "library"),
+        [
+            pytest.param(
+                *case,
+                library,
+                id=f"{name}-{library}",
+                marks=[pytest.mark.slow]
+                if library in ("jax", "jit") and codecs.spelling(case[0]) not in FIRST
+                else [],
+            )
+            for name, case in CASES.items()
+            for library in libraries
+        ],
+    )
+
+
 def both_ways(xp, codec, side, x):
     """The parts of `x`, and what comes back."""
     parts = codec.encode(xp, x, side)
@@ -103,8 +125,7 @@ def test_bits_are_what_the_parts_take(codec, side):
     assert others * 8 == beside * x[..., 0].size
 
 
-@pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "numpy"])
-@every_case
+@in_libraries("torch", "jax", "jit")
 def test_every_library_gives_the_same_bytes_and_reads_the_same(codec, side, library):
     x = vectors()
     expected, seen = coder("numpy", codec, side)(x)
@@ -141,8 +162,7 @@ def test_what_comes_back_is_near(codec, side):
     assert np.sqrt((error**2).mean() / (x**2).mean()) < 0.4
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch", "jit"])
-@every_case
+@in_libraries("numpy", "torch", "jit")
 def test_what_is_not_finite_shows(codec, side, library):
     x = vectors()
     hidden = np.zeros(x.shape[:-1], bool)
