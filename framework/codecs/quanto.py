@@ -22,7 +22,7 @@ from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
 from framework.packing import pack, unpack
-from framework.rounding import quotient
+from framework.rounding import quotient, rounded
 from framework.spec import Layer
 
 LEAST, MOST = 2.0**-100, 2.0**126
@@ -65,7 +65,7 @@ class Quanto(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         codes = unpack(xp, parts["codes"], self.bits)
         groups = xp.astype(xp.reshape(codes, (*parts["scales"].shape, self.group)), xp.float32)
-        x = groups * parts["scales"][..., None] - parts["shifts"][..., None]
+        x = rounded(xp, groups * parts["scales"][..., None]) - parts["shifts"][..., None]
         return xp.reshape(x, codes.shape)
 
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:

@@ -81,7 +81,7 @@ class TurboQuant(Codec):
             return unit
         signs = 2 * xp.astype(codes >> depth, xp.float32) - 1
         size = xp.astype(parts["residuals"], xp.float32) * _length_of_signs(width)
-        return unit + restored(xp, signs, (self.seed, 1)) * size
+        return unit + once(xp, restored(xp, signs, (self.seed, 1)) * size)
 
     def scale(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes"]:
         return xp.astype(parts["scales"][..., 0], xp.float32)
