@@ -98,9 +98,8 @@ def command(
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(
-        Column(HEAD[0], overflow="fold"), *HEAD[2:]
-    )  # what a codec stores would leave no room for the numbers
+    # What a codec stores would leave no room for the numbers.
+    table = Table(Column(HEAD[0], overflow="fold"), *HEAD[2:])
     for each in entries():
         table.add_row(each.name, *each.cells[2:])
     Console(highlight=False).print(table)
