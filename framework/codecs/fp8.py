@@ -3,8 +3,7 @@
 A code is x / scale, clipped to the largest number of the format and rounded to the nearest, ties to even; what is read
 is code * scale. This is vLLM's convention, and its scale of 1 where nothing was calibrated.
 
-Deviations: x is multiplied by the reciprocal of the scale, rounded to float32, which differs from the quotient in the
-last bit at most. Infinity is not clipped but coded as NaN, so that it is refused.
+Deviations: infinity is not clipped but coded as NaN, so that it is refused.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
-from framework.rounding import byte_float, upper_half
+from framework.rounding import byte_float, quotient, upper_half
 
 KINDS = ("e4m3", "e5m2")
 
@@ -38,7 +37,8 @@ class Fp8(Codec):
     def encode(self, xp: Namespace, x: Float[Array, "*axes width"], side: Side) -> dict[str, Array]:
         wide = self.kind == "e5m2"
         most = 57344.0 if wide else 448.0
-        y = xp.where(xp.isfinite(x), xp.clip(x * (1 / self._scale(side)), -most, most), xp.nan)
+        y = quotient(xp, x, xp.full_like(x, self._scale(side)))
+        y = xp.where(xp.isfinite(x), xp.clip(y, -most, most), xp.nan)
         return {"codes": byte_float(xp, y, mantissa=2 if wide else 3, bias=15 if wide else 7, nan=0x7F)}
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
