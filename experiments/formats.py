@@ -42,10 +42,10 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """One entry per example of each bundled codec, by name; what they store is said once."""
+    """One entry per listed instance of each bundled codec, by name; what they store is said once."""
     found = []
     for each in codecs.names():
-        first, *others = (entry(example) for example in codecs.get(each).examples())
+        first, *others = (entry(example) for example in codecs.get(each).listed())
         found += [first, *(replace(other, stores="") for other in others)]
     return found
 
@@ -55,6 +55,7 @@ def entry(codec: Codec) -> Entry:
     joint = codec.joint(LAYER)
     heads, width = (1, 256) if joint else (2, 128)
     bits = [sum(codec.bits_of(width, side, ITEMSIZE)) / width for side in SIDES]
+    bits[0] += codec.group_bits(width, ITEMSIZE) / codec.together / width if codec.together else 0
     noise = np.random.default_rng(SEED).standard_normal((1, heads, TOKENS, width)).astype(np.float32)
     errors = [noise_error(codec, noise, side) for side in SIDES]
     stores = (inspect.getdoc(sys.modules[type(codec).__module__]) or "").splitlines()[0].rstrip(".")
@@ -64,8 +65,21 @@ def entry(codec: Codec) -> Entry:
 
 def noise_error(codec: Codec, x: np.ndarray, side: Side) -> float:
     """How far what is read lies from what was stored, both as root mean squares."""
-    apart = decoded(codec, xp, codec.encode(xp, x, side), side, np.float32).astype(np.float64) - x
+    parts = grouped(codec, x) if side == "keys" and codec.together else codec.encode(xp, x, side)
+    apart = decoded(codec, xp, parts, side, np.float32).astype(np.float64) - x
     return float(np.sqrt(np.mean(apart**2) / np.mean(x.astype(np.float64) ** 2)))
+
+
+def grouped(codec: Codec, x: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of keys [batch heads tokens width] that are coded together, as `Codec.read` is given them."""
+    found: list[dict[str, np.ndarray]] = []
+    for start in range(0, x.shape[2], codec.together):
+        own = x[:, :, start : start + codec.together]
+        queries = np.ones((*x.shape[:2], codec.queries, x.shape[3]), np.float32) if codec.queries else None
+        each, once = codec.encode_group(xp, own, np.ones(own.shape[:3], bool), queries)
+        spread = {key: np.repeat(part[:, :, None], own.shape[2], axis=2) for key, part in once.items()}
+        found.append(each | spread)
+    return {key: np.concatenate([parts[key] for parts in found], axis=2) for key in found[0]}
 
 
 def _size(codec: Codec, model: str) -> str:

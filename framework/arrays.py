@@ -1,7 +1,8 @@
 """The few array operations that the array API standard lacks, or that are slow through it.
 
 Every function takes the namespace `xp` first (array-api-compat's NumPy or torch, jax.numpy, array-api-strict) and uses
-nothing outside the standard, except `torch.gather`, four times faster than take_along_axis through array-api-compat.
+nothing outside the standard, except `torch.gather`, four times faster than take_along_axis through array-api-compat,
+and what writes to named places, which the standard has not.
 """
 
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 Array = Any
@@ -46,6 +48,26 @@ def keep(
     if x.ndim > 3:
         hole = hole[..., None]
     return xp.where(hole, empty, taken)
+
+
+def spread(
+    xp: Namespace,
+    size: int,
+    index: Int[Array, "batch kv_heads n"],
+    x: Shaped[Array, "batch kv_heads n"],
+    empty: float | int,
+) -> Shaped[Array, "batch kv_heads {size}"]:
+    """`x` at the places that `index` names, -1 for nowhere, and `empty` where it names none. No place comes twice."""
+    index = xp.astype(xp.where(index < 0, size, index), xp.int64 if hasattr(xp, "gather") else xp.int32)
+    out = xp.full((*index.shape[:2], size + 1), empty, dtype=x.dtype, device=device(x))
+    if hasattr(xp, "scatter"):
+        out = xp.scatter(out, 2, index, x)
+    elif hasattr(out, "at"):
+        row, head = xp.arange(index.shape[0])[:, None, None], xp.arange(index.shape[1])[None, :, None]
+        out = out.at[row, head, index].set(x)
+    else:
+        np.put_along_axis(out, index, x, axis=2)
+    return out[..., :size]
 
 
 def softmax(

@@ -16,6 +16,7 @@ from framework.codec import Codec, codecs
 from framework.coding import check_codec
 from framework.errors import KvtwinError
 from framework.eviction import allocated, check_policy, layer_budgets, limit, overwrites, remembers
+from framework.groups import Groups, counted
 from framework.pages import Pages, pages
 from framework.policy import Phase, Policy, policies
 from framework.shapes import EMPTY
@@ -143,6 +144,12 @@ class Cache(ABC):
     def kept(self) -> list[Int[np.ndarray, "batch kv_heads kept"]]:
         """Positions held in each layer, rising, -1 padded."""
         return self.snapshot().kept
+
+    @property
+    def groups(self) -> list[Groups]:
+        """The groups in which the keys of each layer are coded; none under a codec that codes each key by itself."""
+        layers = self.snapshot().layers if self.codec.together else ()
+        return [counted(self.codec, layer.streams, layer.positions, layer.tables) for layer in layers]
 
     @abstractmethod
     def snapshot(self) -> Snapshot:
@@ -273,6 +280,13 @@ class Cache(ABC):
             raise KvtwinError(f"cannot roll back {count} tokens: the rows have seen {seen.tolist()}")
         if not count:
             return
+        recent = self.codec.recent
+        if recent and (seen >= recent).any():
+            raise KvtwinError(
+                f"cannot roll back {count} tokens: codec {codecs.spelling(self.codec)} has coded tokens, and what is "
+                f"coded does not become exact again; expected rows of less than {recent} tokens; fork() before the "
+                "part that may be taken back"
+            )
         if (dropped > seen - count).any():
             raise KvtwinError(
                 f"cannot roll back {count} tokens: tokens were evicted within them, and what is dropped is gone; "

@@ -2,7 +2,8 @@
 
 A codec file holds one subclass of `Codec`: a frozen dataclass that turns the vectors of tokens into arrays of codes and
 scales, each with one entry per token, and back. The machinery stores these arrays in the place of keys and values and
-moves them as it moves those: a token is coded once and never again.
+moves them as it moves those: a token is coded once and never again. A codec may code the keys of some tokens together
+and keep the newest tokens exact: framework/groups.py says how.
 
 Codecs run on NumPy, torch and jax.numpy, and give the same bytes on all three. The array API standard has no float16,
 so that its strict implementation cannot run them. XLA joins a product and a sum into one rounding, and turns a division
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from framework.arrays import Array, Namespace, device
 from framework.registry import Registry
@@ -55,7 +56,7 @@ class Codec(ABC):
 
     @abstractmethod
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
-        """Bits of one vector: of its codes, and of what stands beside them. `itemsize`: bytes of the model's floats."""
+        """Bits of one vector: of its codes, and of what it has beside them. `itemsize`: bytes of the model's floats."""
 
     def joint(self, layer: Layer) -> bool:
         """True: the vectors of all heads of a token are coded as one, and policies that choose per head are refused."""
@@ -67,14 +68,62 @@ class Codec(ABC):
         read."""
         return False
 
+    @property
+    def recent(self) -> int:
+        """So many of the newest tokens of a row stay exact. Where it is not 0, tokens are coded after the eviction."""
+        return 0
+
+    @property
+    def together(self) -> int:
+        """The keys of this many tokens, or fewer where no more are left, are coded as one group by `encode_group`,
+        when `recent` tokens that begin at a multiple of `recent` are there. 0: each key by itself."""
+        return 0
+
+    @property
+    def regroups(self) -> bool:
+        """True: when keys of a head are coded that would then lie in more than twice the groups they need, its older
+        ones are coded again with them."""
+        return False
+
+    @property
+    def unrotated(self) -> bool:
+        """True: keys are stored before their rotation, which is done when they are read."""
+        return False
+
+    @property
+    def queries(self) -> int:
+        """The number of newest queries that `encode_group` is shown."""
+        return 0
+
+    def encode_group(
+        self,
+        xp: Namespace,
+        x: Float[Array, "*axes tokens width"],
+        filled: Bool[Array, "*axes tokens"],
+        queries: Float[Array, "*axes newest width"] | None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The parts [*axes tokens n], among them `codes`, and [*axes n] of a group of keys; `read` is given both, the
+        latter once for each token. Where `filled` is False the last key is repeated; where there are no queries yet,
+        they are 0."""
+        raise AssertionError(f"{self} codes each key by itself")
+
+    def group_bits(self, width: int, itemsize: int) -> float:
+        """Bits of the parts that a group of keys has once."""
+        return 0.0
+
     def unfit(self, layer: Layer) -> str | None:
         """Why the vectors of a layer cannot be coded: what came and what is expected; None where they can."""
         return None
 
     @classmethod
     def examples(cls) -> list["Codec"]:
-        """Instances that every contract and equivalence test runs by itself."""
+        """Instances that every contract and equivalence test runs by itself, on short texts."""
         return [cls()]
+
+    @classmethod
+    def listed(cls) -> list["Codec"]:
+        """Instances that the table of codecs shows, where they are others."""
+        return cls.examples()
 
 
 codecs = Registry(kind="codec", package="framework.codecs", base=Codec)

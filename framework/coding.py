@@ -1,25 +1,27 @@
 """What every cache does with a codec: the names of its arrays, what attention reads of them, and what is refused.
 
 The tokens of a call attend to each other exactly. They are coded as they are appended, and from the next call on, and
-for the policy at once, they are what the codec gives back.
+for the policy at once, they are what the codec gives back. Under a codec that keeps the newest tokens exact
+(`framework/groups.py`) the policy sees what is exact in the call as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from framework.arrays import Array, Namespace, device
+from framework.arrays import Array, Namespace, device, take_slots
 from framework.codec import Codec, Side, codecs, decoded
 from framework.errors import KvtwinError
+from framework.groups import EXACT, Exact, Tables, of_groups, unfilled, with_a_row, with_rows
 from framework.policy import Policy, policies
 from framework.spec import Layer, ModelSpec, Stream
 
 SIDES: tuple[Side, Side] = ("keys", "values")
-Streams = Mapping[str, Shaped[Array, "batch heads slots n"]]
+Streams = Mapping[str, Shaped[Array, "batch heads slots _"]]
 
 
 def check_codec(codec: Codec, policy: Policy, spec: ModelSpec) -> None:
@@ -50,13 +52,16 @@ def check_codec(codec: Codec, policy: Policy, spec: ModelSpec) -> None:
 
 
 def stored(
-    codec: Codec, xp: Namespace, layer: Layer, new: Mapping[str, Float[Array, "batch kv_heads slots width"]]
-) -> dict[str, Shaped[Array, "batch heads slots n"]]:
+    codec: Codec, xp: Namespace, layer: Layer, new: Mapping[Any, Float[Array, "batch kv_heads slots width"]]
+) -> dict[str, Shaped[Array, "batch heads slots _"]]:
     """Keys and values as a cache holds them: `keys.codes` and so on; one head for all where they are coded as one."""
     if codec.exact:
         return dict(new)
     result: dict[str, Array] = {}
     for side in SIDES:
+        if side == "keys" and codec.together:
+            result |= unfilled(xp, codec, layer, new["keys"])
+            continue
         x = xp.astype(new[side], xp.float32)
         none = x.shape[2] == 0  # a codec need not know that
         if none:
@@ -78,7 +83,7 @@ def layout(codec: Codec, layer: Layer) -> dict[str, tuple[Stream, np.dtype]]:
 
 def payload(key: str) -> bool:
     """True for what is counted as payload; the other arrays of a codec count as scales."""
-    return "." not in key or key.endswith(".codes")
+    return "." not in key or key.endswith((".codes", EXACT))
 
 
 def parts_of(streams: Mapping[str, Array], side: Side) -> dict[str, Array]:
@@ -88,21 +93,63 @@ def parts_of(streams: Mapping[str, Array], side: Side) -> dict[str, Array]:
 
 
 def shown(
-    codec: Codec, xp: Namespace, layer: Layer, streams: Streams, side: Side, dtype: Any
+    codec: Codec,
+    xp: Namespace,
+    layer: Layer,
+    streams: Streams,
+    side: Side,
+    dtype: Any,
+    tables: Tables | None = None,
+    exact: Exact | None = None,
 ) -> Float[Array, "batch kv_heads slots width"]:
-    """Keys or values of all these slots, as the model sees them; of this dtype where they are coded."""
+    """Keys or values of all these slots, as they are stored; of this dtype where they are coded.
+
+    `tables` and `exact` are those of a layer under a codec that keeps the newest tokens exact.
+    """
     if codec.exact:
         return streams[side]
     codes = streams[f"{side}.codes"]
     if codes.shape[2] == 0:
         shape = (codes.shape[0], layer.kv_heads, 0, layer.head_dim)
         return xp.zeros(shape, dtype=dtype, device=device(codes))
-    x = decoded(codec, xp, parts_of(streams, side), side, dtype)
-    return apart(xp, x, layer.kv_heads) if codec.joint(layer) else x
+    x = decoded(codec, xp, parts_at(codec, xp, streams, tables or {}, side), side, dtype)
+    x = apart(xp, x, layer.kv_heads) if codec.joint(layer) else x
+    if exact is None or not codec.recent:
+        return x
+    newest = xp.astype(take_slots(xp, exact.vectors[side], exact.place), dtype)
+    return xp.where((exact.place >= 0)[..., None], newest, x)
+
+
+def parts_at(
+    codec: Codec, xp: Namespace, streams: Streams, tables: Tables, side: Side
+) -> dict[str, Shaped[Array, "batch heads slots _"]]:
+    """What `Codec.read` is given of these slots."""
+    parts = parts_of(streams, side)
+    return with_rows(xp, parts, tables) if side == "keys" and codec.together else parts
+
+
+def paged_parts(
+    codec: Codec,
+    xp: Namespace,
+    streams: Mapping[str, Shaped[Array, "pages size _"]],
+    tables: Tables,
+    owner: Int[Array, "pages"],
+    side: Side,
+) -> dict[str, Shaped[Array, "pages size _"]]:
+    """`parts_at` of streams in pages; `owner` is the head of each page, rows first."""
+    parts = parts_of(streams, side)
+    if side == "values" or not codec.together:
+        return parts
+    row = xp.astype(parts.pop("row")[..., 0], xp.int32)
+    for key, table in of_groups(tables).items():
+        table = with_a_row(xp, table)
+        index = owner[:, None] * table.shape[2] + xp.where(row < 0, 0, row)
+        parts[key.removeprefix("keys.")] = xp.reshape(table, (-1, table.shape[-1]))[index]
+    return parts
 
 
 def uncoded(
-    xp: Namespace, layer: Layer, positions: Int[Array, "batch slots"], new: Mapping[str, Array], made: Streams
+    xp: Namespace, layer: Layer, positions: Int[Array, "batch slots"], new: Mapping[Any, Array], made: Streams
 ) -> Bool[Array, "kv_heads"]:
     """True for the heads of which something is not finite, as it came or as it was coded; padding does not count."""
     whole = (xp.int8, xp.uint8, xp.int16, xp.int32)  # NumPy's isdtype does not know bfloat16
@@ -112,6 +159,18 @@ def uncoded(
         if x.dtype not in whole:
             heads = heads | ~xp.all(xp.isfinite(x) | padding, axis=(0, 2, 3))
     return heads
+
+
+def by_slot(
+    xp: Namespace,
+    sums: Float[Array, "batch kv_heads both"],
+    first: int,
+    place: Int[Array, "batch kv_heads slots"],
+) -> Float[Array, "batch kv_heads slots"]:
+    """What each slot received, from what the first slots and then the exact tokens did; `place` is that of `Exact`."""
+    rest = xp.zeros((*place.shape[:2], place.shape[2] - first), dtype=sums.dtype, device=device(sums))
+    own = take_slots(xp, sums[..., first:], place)
+    return xp.where(place >= 0, own, xp.concat([sums[..., :first], rest], axis=-1))
 
 
 def refused(codec: Codec, unfit: Sequence[Bool[Array, "kv_heads"]]) -> KvtwinError:
@@ -153,10 +212,12 @@ class Coded:
     streams: Streams
     finish: Callable[[Array, Any], Array] | None = None
     take: Callable[[Array, Any], Array] = lambda x, span: x[:, :, span]
+    tables: Tables = field(default_factory=dict)
 
     def block(self, side: Side, span: Any, dtype: Any) -> tuple[Array, Array | None]:
         """Vectors of these slots [batch kv_heads slots width], and their factors [batch kv_heads slots] (None: 1)."""
-        parts = {key: self.take(value, span) for key, value in parts_of(self.streams, side).items()}
+        streams = {key: self.take(value, span) for key, value in self.streams.items() if key.startswith(side)}
+        parts = parts_at(self.codec, self.xp, streams, self.tables, side)
         if not self._whole(side):
             x, scale = self.codec.read(self.xp, parts, side), self.codec.scale(self.xp, parts, side)
             return self.xp.astype(x, dtype), None if scale is None else self.xp.astype(scale, dtype)

@@ -1,6 +1,8 @@
 """How many bytes the keys and values of a model take, from numbers alone: what `cache.bytes` measures on a cache.
 
-The formula: in each layer, kept tokens times the bits that the codec gives to a key and to a value of each kv head.
+The formula: in each layer, kept tokens times the bits that the codec gives to a key and to a value of each kv head;
+under a codec that keeps the newest tokens exact, those in the model's floats as well; and what each group of keys has
+once (`framework/groups.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -37,18 +39,36 @@ def footprint(spec: ModelSpec, policy: Policy, codec: Codec, tokens: int, itemsi
     """What a cache holds of a sequence of `tokens` tokens, `itemsize` being the bytes of the model's floats.
 
     A fraction is one of `tokens`. Where the text decides who keeps what (`divides`, `allocates`), it is the most that
-    the budget allows. Raises KvtwinError where no cache could have this policy, this codec and these layers.
+    the budget allows. Groups of keys are those of one prompt. Raises KvtwinError where no cache could have this policy,
+    this codec and these layers.
     """
     made = resolved(policy, tokens)
     check(spec, made, codec)
-    slots = tuple(kept_slots(spec, made, tokens))
-    return _footprint(spec, codec, slots, itemsize)
+    heads = kept_heads(spec, made, tokens)
+    slots = tuple(sum(each) for each in heads)
+    one = _footprint(spec, codec, slots, itemsize)
+    if not codec.recent:
+        return one
+    payload, scales = one.payload, one.scales
+    coded = tokens - tokens % codec.recent
+    for layer, each in zip(spec.layers, heads, strict=True):
+        payload += sum(min(count, codec.recent) for count in each) * 2 * layer.head_dim * itemsize
+        if codec.together:
+            # Without a policy that chooses, what is kept is the newest.
+            old = [min(count, coded) if made.evicts else max(0, count - tokens + coded) for count in each]
+            groups = sum(-(-count // codec.together) for count in old)
+            scales += groups * codec.group_bits(layer.head_dim, itemsize) / 8
+        scales += 4 * layer.kv_heads if codec.regroups else 0
+    return Footprint(slots, payload, scales, one.positions)
 
 
 def per_token(spec: ModelSpec, codec: Codec, itemsize: int, windows: bool = True) -> Footprint:
-    """What one token takes that every layer keeps; without `windows`, what a token adds once they are full."""
+    """What one token takes that every layer keeps; without `windows`, what a token adds once they are full.
+
+    Far from the newest, so that it is coded, with its share of what its group has once.
+    """
     slots = (layer.kv_heads if windows or layer.window is None else 0 for layer in spec.layers)
-    return _footprint(spec, codec, tuple(slots), itemsize)
+    return _footprint(spec, codec, tuple(slots), itemsize, shared=True)
 
 
 def vector_bits(codec: Codec, layer: Layer, itemsize: int) -> tuple[float, float]:
@@ -68,14 +88,17 @@ def vector_bits(codec: Codec, layer: Layer, itemsize: int) -> tuple[float, float
     return codes, beside
 
 
-def kept_slots(spec: ModelSpec, policy: Policy, tokens: int) -> list[int]:
-    """Tokens that each layer keeps of a sequence, summed over its kv heads."""
+def kept_heads(spec: ModelSpec, policy: Policy, tokens: int) -> list[list[int]]:
+    """Tokens that each kv head of each layer keeps of a sequence; shares that the text decides are even ones."""
     found = []
     for index, (heads, layer) in enumerate(zip(layer_budgets(policy, spec), spec.layers, strict=True)):
         budgets = heads or (tokens,) * layer.kv_heads
         most = [policy.most(one, index, spec) for one in budgets] if policy.divides else budgets
-        total = sum(min(tokens, limit(one, layer.window) or 0) for one in most)
-        found.append(min(total, policy.total(budgets, index, spec)) if policy.divides else total)
+        each = [min(tokens, limit(one, layer.window) or 0) for one in most]
+        if policy.divides:
+            total = min(sum(each), policy.total(budgets, index, spec))
+            each = [(total + number) // layer.kv_heads for number in range(layer.kv_heads)]
+        found.append(each)
     return found
 
 
@@ -87,10 +110,14 @@ def check(spec: ModelSpec, policy: Policy, codec: Codec) -> None:
     )
 
 
-def _footprint(spec: ModelSpec, codec: Codec, slots: tuple[int, ...], itemsize: int) -> Footprint:
+def _footprint(
+    spec: ModelSpec, codec: Codec, slots: tuple[int, ...], itemsize: int, shared: bool = False
+) -> Footprint:
     payload, scales = 0.0, 0.0
     for count, layer in zip(slots, spec.layers, strict=True):
         codes, beside = vector_bits(codec, layer, itemsize)
+        if shared and codec.together:
+            beside += layer.kv_heads * codec.group_bits(layer.head_dim, itemsize) / codec.together
         # A whole token is as many slots as there are kv heads; multiplied first, so that whole bytes stay whole.
         payload += count * codes / (8 * layer.kv_heads)
         scales += count * beside / (8 * layer.kv_heads)

@@ -16,9 +16,9 @@ import numpy as np
 from framework.arrays import FAR
 from framework.backend import Backend as Contract
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec
+from framework.codec import Codec, Side, decoded
 from framework.codecs.full import Full
-from framework.coding import SIDES, layout, refused, shown, stored, uncoded
+from framework.coding import SIDES, layout, parts_of, refused, shown, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.eviction import (
@@ -32,16 +32,18 @@ from framework.eviction import (
     slot_memory,
     streamed,
 )
+from framework.groups import ROW, Call, asked, exact_of
 from framework.policies.window import Window
 from framework.policy import Block, Policy, View, name
 from framework.random import gumbel
 from framework.reference_cache import Head, ReferenceCache, Row, merge_heads, restored_head, select, stack
 from framework.reference_gradient import gradients as backward
 from framework.rope import angles
-from framework.snapshot import Snapshot
+from framework.snapshot import LayerSnapshot, Snapshot
 from framework.spec import Layer, ModelSpec, Rope
 from framework.tokenizer import ByteTokenizer, Tokenizer
 from framework.weights import check
+from framework.wrapper import seen_by
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float) -> np.ndarray:
@@ -97,12 +99,12 @@ class ReferenceModel(Model):
         )  # fmt: skip
 
     def _row(self, policy: Policy, codec: Codec) -> Row:
-        asked = policy.needs.queries
+        newest = asked(policy, codec)
         layers = self.spec.layers
         return Row(
             [[self._head(policy, codec, layer, head) for head in range(layer.kv_heads)] for layer in layers],
-            [np.zeros((layer.kv_heads, layer.group, asked, layer.head_dim)) for layer in layers],
-            [np.full(asked, -1, np.int32) for _ in layers],
+            [np.zeros((layer.kv_heads, layer.group, newest, layer.head_dim)) for layer in layers],
+            [np.full(newest, -1, np.int32) for _ in layers],
         )
 
     def _head(self, policy: Policy, codec: Codec, layer: Layer, number: int) -> Head:
@@ -113,6 +115,7 @@ class ReferenceModel(Model):
             {key: np.zeros(0) for key in slot_memory(policy)},
             {key: np.zeros(shape) for key, shape in policy.head_memory(layer).items()},
             {key: np.zeros((0, one.width), kind) for key, (one, kind) in kept.items() if number < one.heads},
+            np.zeros((0, layer.head_dim)) if codec.recent else None,
         )
 
     def run(
@@ -156,6 +159,9 @@ class ReferenceModel(Model):
             if due:
                 choice = None if forced is None else [kept[index] for kept in forced]
                 taken.append(self._evict(result, index, views, choice, whole or len(columns) > 0))
+            if result.codec.recent and phase != "pass":
+                for number in range(len(self.spec.layers)):
+                    self._complete(result, index, number)
             if statistics is not None:
                 stated.append([measured(result.policy, view) for view in views])
         if decisions is not None and due:
@@ -258,7 +264,7 @@ class ReferenceModel(Model):
         """The mixed values of the tokens, and what each slot of each head received."""
         layer, policy, at = self.spec.layers[index], cache.policy, f"layers.{index}.attention"
 
-        turn = partial(turned, layer.rope, cache.length)
+        turn, plain = partial(turned, layer.rope, cache.length), k
         if not policy.repositions:
             q, k = turn(q, positions), turn(k, positions)
         taps[f"{at}.query_rotated"], taps[f"{at}.key_rotated"] = q, k
@@ -296,21 +302,21 @@ class ReferenceModel(Model):
                     received[visible] += weights / layer.group
             sums.append(received)
         if not cache.codec.exact:
-            self._code(cache, index, row.heads[index], positions, k, v)
-        asked = policy.needs.queries
-        if asked and phase != "pass":
+            self._code(cache, index, row.heads[index], positions, plain if cache.codec.unrotated else k, v)
+        newest = asked(policy, cache.codec)
+        if newest and phase != "pass":
             fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
                 1, 2, 0, 3
             )
-            row.queries[index] = np.concatenate([row.queries[index], fresh], 2)[:, :, -asked:]
-            row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-asked:]
+            row.queries[index] = np.concatenate([row.queries[index], fresh], 2)[:, :, -newest:]
+            row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-newest:]
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
         return mixed, sums
 
     def _code(
         self, cache: ReferenceCache, index: int, heads: list[Head], positions: Any, k: np.ndarray, v: np.ndarray
     ) -> None:  # fmt: skip
-        """Code the newest tokens of a layer, which from now on are what the codec gives back."""
+        """Code the newest tokens of a layer, which from now on are what the codec gives back, or later."""
         codec, layer = cache.codec, self.spec.layers[index]
         bias = self._bias(cache, index, positions)
         new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k - bias), ("values", v))}
@@ -318,13 +324,65 @@ class ReferenceModel(Model):
         unfit = uncoded(xp, layer, positions[None], new, made)
         if unfit.any():
             raise refused(codec, [np.zeros_like(unfit)] * index + [unfit])
-        for side in SIDES:
+        for number, head in enumerate(heads):
+            head.coded = {key: np.concatenate([old, made[key][0, number]]) for key, old in head.coded.items()}
+            if head.keys is not None:
+                head.keys = np.concatenate([head.keys, new["keys"][0, number]])
+        for side in () if codec.recent else SIDES:
             read = shown(codec, xp, layer, made, side, np.float64)
             for number, head in enumerate(heads):
                 own = read[0, number] + (bias[:, number] if side == "keys" else 0)
                 head.streams[side][len(head.positions) - len(k) :] = own
-        for number, head in enumerate(heads):
-            head.coded = {key: np.concatenate([old, made[key][0, number]]) for key, old in head.coded.items()}
+
+    def _complete(self, cache: ReferenceCache, number: int, index: int) -> None:
+        """Code what is no longer among the newest tokens of a layer of a row: `framework/groups.py`."""
+        codec, row, layer = cache.codec, cache.content[number], self.spec.layers[index]
+        end = row.seen - row.seen % codec.recent
+        for which, head in enumerate(row.heads[index]):
+            slots = range(len(head.positions))
+            old = [slot for slot in slots if head.positions[slot] < row.seen - codec.recent]
+            values = {key: x[old] for key, x in parts_of(head.coded, "values").items()}
+            head.streams["values"][old] = decoded(codec, xp, values, "values", np.float64)
+            if not codec.together:
+                continue
+            assert head.keys is not None
+            rows, size = head.coded[ROW][:, 0], codec.together
+            due = [slot for slot in slots if rows[slot] < 0 and head.positions[slot] < end]
+            coded = [slot for slot in slots if rows[slot] >= 0]
+            living = sorted({int(rows[slot]) for slot in coded})
+            needed = -(-(len(due) + len(coded)) // size)
+            if codec.regroups and due and len(living) + -(-len(due) // size) > 2 * needed:
+                due, coded, living = sorted(due + coded), [], []
+                head.again += 1
+            for slot in coded:
+                rows[slot] = living.index(rows[slot])
+            head.groups = [head.groups[group] for group in living]
+            for start in range(0, len(due), size):
+                own = due[start : start + size]
+                queries = row.queries[index][which, :, -codec.queries :].reshape(-1, layer.head_dim)
+                x = head.keys[own].astype(np.float32)
+                each, once = codec.encode_group(
+                    xp, x, np.ones(len(own), bool), queries.astype(np.float32) if codec.queries else None
+                )
+                if not all(np.isfinite(part).all() for part in [x, *once.values()]):
+                    unfit = [np.zeros(one.kv_heads, bool) for one in self.spec.layers]
+                    unfit[index][which] = True
+                    raise refused(codec, unfit)
+                for key, part in each.items():
+                    head.coded[f"keys.{key}"][own] = part
+                rows[own] = len(head.groups)
+                head.groups.append(once)
+                parts = each | {key: np.stack([part] * len(own)) for key, part in once.items()}
+                head.keys[own] = decoded(codec, xp, parts, "keys", np.float64)
+            self._restore_keys(cache, index, which, head)
+
+    def _restore_keys(self, cache: ReferenceCache, index: int, which: int, head: Head) -> None:
+        """Make the keys of a head what the model sees of them, as they are stored."""
+        assert head.keys is not None
+        seen = head.keys + self._bias(cache, index, head.positions)[:, which]
+        if cache.codec.unrotated and not cache.policy.repositions:
+            seen = turned(self.spec.layers[index].rope, cache.length, seen[:, None], head.positions)[:, 0]
+        head.streams["keys"] = seen
 
     def _bias(self, cache: ReferenceCache, index: int, positions: np.ndarray) -> np.ndarray:
         """The key bias [tokens kv_heads head_dim] that a codec leaves out, rotated as the cache's keys are; else 0."""
@@ -334,7 +392,9 @@ class ReferenceModel(Model):
             return np.zeros(shape)
         bias = self.weights[f"layers.{index}.attention.key.bias"]
         bias = np.broadcast_to(bias.reshape(layer.kv_heads, layer.head_dim), shape)
-        return bias if cache.policy.repositions else turned(layer.rope, cache.length, bias, positions)
+        if cache.policy.repositions or cache.codec.unrotated:
+            return bias
+        return turned(layer.rope, cache.length, bias, positions)
 
     def _view(
         self, cache: ReferenceCache, number: int, index: int, sums: list, block: Block, phase: Any
@@ -360,8 +420,8 @@ class ReferenceModel(Model):
             memory={key: per_slot[key] for key in policy.memory} | per_head,
             keys=stack([[head.streams["keys"] for head in heads]]) if needs.keys or needs.queries else None,
             values=stack([[head.streams["values"] for head in heads]]) if needs.values else None,
-            queries=row.queries[index][None] if needs.queries else None,
-            query_positions=row.query_positions[index][None] if needs.queries else None,
+            queries=row.queries[index][None],
+            query_positions=row.query_positions[index][None],
             sums=stack([sums]) if needs.sums else None,
             tokens=per_slot["tokens"].astype(np.int32) if needs.tokens else None,
             output=output.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
@@ -375,6 +435,7 @@ class ReferenceModel(Model):
             window=layer.window,
             repositions=policy.repositions,
         )
+        view = seen_by(policy, view)
         if policy.repositions:
             view = repositioned(view)
         if block.positions.shape[1]:
@@ -442,6 +503,22 @@ class ReferenceModel(Model):
             taken.append(Decision(index, view.positions, scored, protected, stack([kept], -1), budget))
         return taken
 
+    def _stored(
+        self, codec: Codec, own: Layer, layer: LayerSnapshot, seen: np.ndarray
+    ) -> dict[Side, np.ndarray]:
+        """Keys and values of a saved layer as they are stored, read from their codes or among the newest tokens."""
+        exact = None
+        if codec.recent:
+            nothing: dict[Side, np.ndarray] = {
+                side: np.zeros((*layer.positions.shape[:2], 1, own.head_dim)) for side in SIDES
+            }
+            call = Call(nothing, np.full((len(seen), 1), -1, np.int32), seen, seen)
+            exact = exact_of(xp, codec, layer.tables, layer.positions, call)
+        return {
+            side: shown(codec, xp, own, layer.streams, side, np.float64, layer.tables, exact)
+            for side in SIDES
+        }
+
     def decode(
         self,
         cache: Any,
@@ -483,15 +560,15 @@ class ReferenceModel(Model):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
             for number, layer in enumerate(held.layers):
                 own = self.spec.layers[number]
-                streams = {
-                    side: shown(cache.codec, xp, own, layer.streams, side, np.float64) for side in SIDES
-                }
+                streams = self._stored(cache.codec, own, layer, held.seen)
                 row.heads[number] = [
-                    restored_head(layer, streams, index, head, cache.codec.exact)
-                    for head in range(own.kv_heads)
+                    restored_head(layer, streams, index, head, cache.codec) for head in range(own.kv_heads)
                 ]
-                for which, head in enumerate(row.heads[number] if cache.codec.unbiased else ()):
-                    head.streams["keys"] += self._bias(cache, number, head.positions)[:, which]
+                for which, head in enumerate(row.heads[number]):
+                    if cache.codec.recent:
+                        self._restore_keys(cache, number, which, head)
+                    elif cache.codec.unbiased:
+                        head.streams["keys"] += self._bias(cache, number, head.positions)[:, which]
                 if layer.queries is not None and layer.query_positions is not None:
                     row.queries[number] = layer.queries[index].astype(np.float64)
                     row.query_positions[number] = layer.query_positions[index]

@@ -8,8 +8,9 @@ import numpy as np
 
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, Side, codecs
-from framework.coding import payload
+from framework.coding import SIDES, payload
 from framework.eviction import merged
+from framework.groups import AGAIN, ROW, asked, fixed_rows, of_groups, tables_layout
 from framework.policy import Policy, View, name
 from framework.snapshot import LayerSnapshot, Snapshot, canonical
 from framework.spec import ModelSpec
@@ -20,7 +21,8 @@ class Head:
     """What one kv head of one row holds, in position order; `memory` per slot and, in `own`, of the head.
 
     `streams`: keys and values as the model sees them. `coded`: what a codec made of them, the first head having it for
-    all where they are coded as one; empty without a codec.
+    all where they are coded as one; empty without a codec. Under a codec that keeps the newest tokens exact, `keys` are
+    the keys as they are stored, `groups` what each group of them has once, and `again` how often they were coded again.
     """
 
     positions: np.ndarray
@@ -28,6 +30,9 @@ class Head:
     memory: dict[str, np.ndarray]
     own: dict[str, np.ndarray]
     coded: dict[str, np.ndarray] = field(default_factory=dict)
+    keys: np.ndarray | None = None
+    groups: list[dict[str, np.ndarray]] = field(default_factory=list)
+    again: int = 0
 
 
 @dataclass
@@ -73,9 +78,24 @@ class ReferenceCache(Cache):
         self.alive()
         heads = [head for row in self.content for layer in row.heads for head in layer]
         held = [each for head in heads for each in self.held(head).items()]
+        beside = [
+            each
+            for row in self.content
+            for index, heads in enumerate(row.heads)
+            for head in heads
+            for each in self.tables(index, head, row.seen).items()
+        ]
+        newest = [
+            head.streams[side][head.positions >= row.seen - self.codec.recent]
+            for row in self.content
+            for heads in row.heads
+            for head in heads
+            for side in SIDES
+            if self.codec.recent
+        ]
         return Bytes(
-            payload=sum(x.nbytes for key, x in held if payload(key)),
-            scales=sum(x.nbytes for key, x in held if not payload(key)),
+            payload=sum(x.nbytes for key, x in held if payload(key)) + sum(x.nbytes for x in newest),
+            scales=sum(x.nbytes for key, x in [*held, *beside] if not payload(key)),
             positions=sum(head.positions.nbytes for head in heads),
             memory=sum(x.nbytes for head in heads for x in [*head.memory.values(), *head.own.values()]),
             queries=sum(x.nbytes for row in self.content for x in [*row.queries, *row.query_positions]),
@@ -86,13 +106,36 @@ class ReferenceCache(Cache):
         """The streams of a head as they are stored."""
         return head.streams if self.codec.exact else head.coded
 
+    def tables(self, index: int, head: Head, seen: int) -> dict[str, np.ndarray]:
+        """What stands beside the slots of a head: `framework/groups.py`."""
+        layer, result = self.spec.layers[index], {}
+        for key, (stream, kind) in tables_layout(self.codec, layer).items():
+            rows = fixed_rows(self.codec, key)
+            table = np.zeros((len(head.groups) if rows is None else rows, stream.width), kind or np.float64)
+            if key == AGAIN:
+                table[:] = head.again
+            elif rows is None:
+                for number, group in enumerate(head.groups):
+                    table[number] = group[key.removeprefix("keys.")]
+            else:
+                assert head.keys is not None
+                stored = head.keys if key.startswith("keys") else head.streams["values"]
+                for slot, position in enumerate(head.positions):
+                    if position >= seen - rows:
+                        table[position % rows] = stored[slot]
+            result[key] = table
+        return result
+
     def snapshot(self) -> Snapshot:
         self.alive()
         layers = []
         for index in range(len(self.spec.layers)):
             grid = [row.heads[index] for row in self.content]
             first = grid[0][0]
-            asked = self.policy.needs.queries > 0
+            newest = asked(self.policy, self.codec) > 0
+            tables = [
+                [self.tables(index, head, row.seen) for head in row.heads[index]] for row in self.content
+            ]
             layers.append(
                 canonical(
                     {
@@ -107,8 +150,11 @@ class ReferenceCache(Cache):
                         for key in first.memory
                     },
                     {key: np.array([[head.own[key] for head in row] for row in grid]) for key in first.own},
-                    np.stack([row.queries[index] for row in self.content]) if asked else None,
-                    np.stack([row.query_positions[index] for row in self.content]) if asked else None,
+                    np.stack([row.queries[index] for row in self.content]) if newest else None,
+                    np.stack([row.query_positions[index] for row in self.content]) if newest else None,
+                    {key: stack([[one[key] for one in each] for each in tables]) for key in tables[0][0]},
+                    self.codec,
+                    self.seen,
                 )
             )
         return Snapshot(
@@ -160,6 +206,7 @@ def select(head: Head, index: np.ndarray) -> None:
     head.positions = head.positions[index]
     head.streams = {key: value[index] for key, value in head.streams.items()}
     head.coded = {key: value[index] for key, value in head.coded.items()}
+    head.keys = None if head.keys is None else head.keys[index]
     head.memory = {key: value[index] for key, value in head.memory.items()}
 
 
@@ -174,16 +221,26 @@ def stack(grid: list[list[np.ndarray]], empty: float | int = 0) -> np.ndarray:
 
 
 def restored_head(
-    layer: LayerSnapshot, streams: dict[Side, np.ndarray], row: int, head: int, exact: bool
+    layer: LayerSnapshot, streams: dict[Side, np.ndarray], row: int, head: int, codec: Codec
 ) -> Head:
-    """One head of one row of a snapshot; `streams` are the layer's as the model sees them, in float64."""
+    """One head of one row of a snapshot; `streams` are the layer's as they are stored, in float64."""
     filled = layer.positions[row, head] >= 0
+    groups = of_groups(layer.tables)
+    used = layer.streams[ROW][row, head, filled].max(initial=-1) + 1 if codec.together else 0
     return Head(
         layer.positions[row, head][filled],
         {key: value[row, head][filled].astype(np.float64) for key, value in streams.items()},
         {key: value[row, head][filled].astype(np.float64) for key, value in layer.memory.items()},
         {key: np.asarray(value[row, head], np.float64) for key, value in layer.heads.items()},
-        {} if exact else {key: x[row, head][filled] for key, x in layer.streams.items() if head < x.shape[1]},
+        {}
+        if codec.exact
+        else {key: x[row, head][filled] for key, x in layer.streams.items() if head < x.shape[1]},
+        streams["keys"][row, head][filled].astype(np.float64) if codec.recent else None,
+        [
+            {key.removeprefix("keys."): x[row, head, number] for key, x in groups.items()}
+            for number in range(used)
+        ],
+        int(layer.tables[AGAIN][row, head, 0, 0]) if codec.regroups else 0,
     )
 
 

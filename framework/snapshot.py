@@ -6,7 +6,8 @@ whatever their physical layout. The file form is one safetensors file; it is wri
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from framework.codec import Codec, codecs
 from framework.coding import layout
 from framework.errors import KvtwinError
 from framework.eviction import slot_memory
+from framework.groups import asked, canonical_tables, fixed_rows, of_groups, tables_layout
 from framework.policy import Policy, policies
 from framework.shapes import EMPTY
-from framework.spec import ModelSpec
+from framework.spec import Layer, ModelSpec
 
-FORMAT = "kvtwin-cache-3"
+FORMAT = "kvtwin-cache-4"
 WHOLE = ("seen", "dropped", "question", "positions", "query_positions", "budget")  # integers
 FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 
@@ -31,8 +33,8 @@ FACTS = ("policy", "codec", "dtype", "steps", "pending", "capacity", "length")
 class LayerSnapshot:
     """One layer: its streams, positions, the policy's memory per slot and per head, and the newest queries.
 
-    Streams are as a codec made them, one head for all where they are coded as one. Queries are None where no policy
-    asks for them.
+    Streams are as a codec made them, one head for all where they are coded as one. Queries are None where nobody asks
+    for them. `tables`: what a codec keeps beside the slots (`framework/groups.py`).
     """
 
     streams: dict[str, Shaped[np.ndarray, "batch _ slots _"]]
@@ -41,6 +43,7 @@ class LayerSnapshot:
     heads: dict[str, Shaped[np.ndarray, "batch kv_heads *rest"]]
     queries: Shaped[np.ndarray, "batch kv_heads group window head_dim"] | None = None
     query_positions: Int[np.ndarray, "batch window"] | None = None
+    tables: dict[str, Shaped[np.ndarray, "batch kv_heads rows _"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Snapshot:
         arrays = {"seen": self.seen, "dropped": self.dropped, "question": self.question}
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.stream.{key}": value for key, value in layer.streams.items()}
+            arrays |= {f"{index}.table.{key}": value for key, value in layer.tables.items()}
             arrays |= {f"{index}.memory.{key}": value for key, value in layer.memory.items()}
             arrays |= {f"{index}.heads.{key}": value for key, value in layer.heads.items()}
             arrays[f"{index}.positions"] = layer.positions
@@ -133,7 +137,7 @@ def _check(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], spec: ModelSpec, policy: Policy, codec: Codec
 ) -> None:
     """Raises unless the arrays are those of a cache of this spec, policy and codec."""
-    batch, asked = arrays["seen"].size if "seen" in arrays else 0, policy.needs.queries
+    batch, newest = arrays["seen"].size if "seen" in arrays else 0, asked(policy, codec)
     expected: dict[str, tuple[int, ...]] = dict.fromkeys(("seen", "dropped", "question"), (batch,))
     for index, layer in enumerate(spec.layers):
         slots = arrays.get(f"{index}.positions", np.zeros(0)).shape[-1]
@@ -141,15 +145,27 @@ def _check(
         for key, (stream, _) in layout(codec, layer).items():
             expected[f"{index}.stream.{key}"] = (batch, stream.heads, slots, stream.width)
         heads = (batch, layer.kv_heads)
+        tables = tables_layout(codec, layer)
+        rows = next(
+            (
+                x.shape[2:3]
+                for key in of_groups(tables)
+                if (x := arrays.get(f"{index}.table.{key}")) is not None
+            ),
+            (),
+        )
+        for key, (stream, _) in tables.items():
+            fixed = fixed_rows(codec, key)
+            expected[f"{index}.table.{key}"] = (*heads, *(rows if fixed is None else (fixed,)), stream.width)
         expected |= {f"{index}.memory.{key}": (*heads, slots) for key in slot_memory(policy)}
         expected |= {
             f"{index}.heads.{key}": (*heads, *rest) for key, rest in policy.head_memory(layer).items()
         }
         if policy.evicts:
             expected[f"{index}.budget"] = heads
-        if asked:
-            expected[f"{index}.queries"] = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
-            expected[f"{index}.query_positions"] = (batch, asked)
+        if newest:
+            expected[f"{index}.queries"] = (batch, layer.kv_heads, layer.group, newest, layer.head_dim)
+            expected[f"{index}.query_positions"] = (batch, newest)
     for key in [*expected, *arrays]:
         if key not in arrays:
             raise KvtwinError(f"{path} lacks the array {key!r}; the file is damaged")
@@ -158,9 +174,9 @@ def _check(
                 f"{path} has an array {key!r} that its policy does not explain; the file is damaged"
             )
         own = ".memory." in key or ".heads." in key  # called whatever the policy likes
-        came, part = arrays[key], key.partition(".stream.")[2]
-        if "." in part:
-            kind = layout(codec, spec.layers[int(key.partition(".")[0])])[part][1]
+        came, number = arrays[key], key.partition(".")[0]
+        kind = _kind(codec, spec.layers[int(number)], key) if number.isdigit() else None
+        if kind is not None:
             if came.dtype != kind:
                 raise KvtwinError(
                     f"{path}: {key} has dtype {came.dtype}; expected {kind}; the file is damaged"
@@ -170,8 +186,17 @@ def _check(
             raise KvtwinError(
                 f"{path}: {key} has shape {came.shape}; expected {expected[key]}; the file is damaged"
             )
-        if whole != (came.dtype == np.int32):
+        if kind is None and whole != (came.dtype == np.int32):
             raise KvtwinError(f"{path}: {key} has dtype {came.dtype}; the file is damaged")
+
+
+def _kind(codec: Codec, layer: Layer, key: str) -> np.dtype | None:
+    """The dtype of an array that a codec made; None where the model's precision decides, and for all others."""
+    if codec.exact:
+        return None
+    if stream := key.partition(".stream.")[2]:
+        return layout(codec, layer)[stream][1]
+    return tables_layout(codec, layer).get(key.partition(".table.")[2], (None, None))[1]
 
 
 def _layer(arrays: dict[str, np.ndarray], index: int) -> LayerSnapshot:
@@ -186,6 +211,7 @@ def _layer(arrays: dict[str, np.ndarray], index: int) -> LayerSnapshot:
         heads=under("heads"),
         queries=arrays.get(f"{index}.queries"),
         query_positions=arrays.get(f"{index}.query_positions"),
+        tables=under("table"),
     )
 
 
@@ -196,10 +222,14 @@ def canonical(
     heads: dict[str, np.ndarray],
     queries: np.ndarray | None = None,
     query_positions: np.ndarray | None = None,
+    tables: Mapping[str, np.ndarray] | None = None,
+    codec: Codec | None = None,
+    seen: Int[np.ndarray, "batch"] | None = None,
 ) -> LayerSnapshot:
     """Physical arrays of one layer in position order, cut to the largest number of tokens that a head holds.
 
-    Empty places are zero in streams, memory and queries.
+    Empty places are zero in streams, memory, queries and tables. `tables`, with their codec and what the rows have
+    seen, are for layers that have some.
     """
     far = np.where(positions < 0, np.iinfo(np.int32).max, positions)
     width = int((positions >= 0).sum(-1).max(initial=0))
@@ -215,11 +245,16 @@ def canonical(
 
     if queries is not None and query_positions is not None:
         queries = np.where(query_positions[:, None, None, :, None] < 0, queries.dtype.type(0), queries)
+    ordered = {key: gather(value) for key, value in streams.items()}
+    made: dict[str, np.ndarray] = {}
+    if tables and codec is not None and seen is not None:
+        ordered, made = canonical_tables(codec, ordered, ranked, tables, seen)
     return LayerSnapshot(
-        {key: gather(value) for key, value in streams.items()},
+        ordered,
         ranked.astype(np.int32),
         {key: gather(value) for key, value in memory.items()},
         heads,
         queries,
         query_positions,
+        made,
     )

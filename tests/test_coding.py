@@ -38,11 +38,11 @@ slow_on_flax = pytest.mark.parametrize(
 class Turned(Codec):
     """A codec with every part of the contract: a factor, a turn, a width of its own, and heads together if asked."""
 
-    together: bool = False
+    jointly: bool = False
     turning: bool = True
 
     def joint(self, layer: Any) -> bool:
-        return self.together
+        return self.jointly
 
     def encode(self, xp: Any, x: Any, side: Any) -> dict[str, Any]:
         if self.turning:
@@ -69,7 +69,7 @@ class Turned(Codec):
 
 
 TOYS = [Turned(), Turned(turning=False), Unbias(codec=Turned())]
-TOGETHER = Turned(together=True)
+TOGETHER = Turned(jointly=True)
 REAL = [each for name in codecs.names() for each in codecs.get(name).examples()]
 CODED = [each for each in REAL if not each.exact]
 

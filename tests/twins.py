@@ -62,7 +62,7 @@ def column(step: int, lengths: Sequence[int] = LENGTHS) -> np.ndarray:
 
 
 def snapshot_drift(found: Cache, expected: Cache) -> float:
-    """Largest drift of streams, memory of slots and heads, and queries; infinite where positions or counts differ."""
+    """Largest drift of streams, memory, tables and queries; infinite where positions or counts differ."""
     ours, theirs = found.snapshot(), expected.snapshot()
     worst = 0.0 if (ours.seen == theirs.seen).all() and (ours.dropped == theirs.dropped).all() else np.inf
     for one, other in zip(ours.layers, theirs.layers, strict=True):
@@ -71,6 +71,7 @@ def snapshot_drift(found: Cache, expected: Cache) -> float:
         pairs = [(one.streams[key], value) for key, value in other.streams.items()]
         pairs += [(one.memory[key], value) for key, value in other.memory.items()]
         pairs += [(one.heads[key], value) for key, value in other.heads.items()]
+        pairs += [(one.tables[key], value) for key, value in other.tables.items()]
         if other.queries is not None:
             pairs.append((one.queries, other.queries))
             worst = worst if (one.query_positions == other.query_positions).all() else np.inf

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from backends.flax.convert import wide
-from framework.arrays import FAR, softmax
-from framework.coding import Coded
+from framework.arrays import softmax
+from framework.coding import Coded, by_slot
 from framework.policy import attends
 from framework.shapes import EMPTY
 from framework.spec import Layer
@@ -112,38 +112,40 @@ def cut(x: jax.Array, span: tuple[Any, int]) -> jax.Array:
 
 def coded_attention(
     queries: Float[jax.Array, "batch kv_heads group tokens head_dim"],
-    keys: Float[jax.Array, "batch kv_heads tokens head_dim"],
-    values: Float[jax.Array, "batch kv_heads tokens width"],
+    keys: Float[jax.Array, "batch kv_heads exact head_dim"],
+    values: Float[jax.Array, "batch kv_heads exact width"],
     coded: Coded,
     query_positions: Int[jax.Array, "batch tokens"],
+    exact_positions: Int[jax.Array, "batch kv_heads exact"],
     key_positions: Int[jax.Array, "batch kv_heads slots"],
     layer: Layer,
     first: int,
-    with_sums: bool,
+    start: Int[jax.Array, "batch"],
+    place: Int[jax.Array, "batch kv_heads slots"] | None,
 ) -> tuple[
     Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
 ]:
-    """`attention` over slots that are coded; the new tokens, with these keys and values, are exact.
+    """`attention` over slots that are coded, but for some tokens, among them the new ones, whose keys and values are
+    given exactly.
 
-    They stand at slots `first`, `first + 1`, ..., or where `first` is the number of slots anywhere among them.
+    These are the tokens from position `start` on, the new ones last among them. The new ones stand at slots `first`,
+    `first + 1`, ..., or where `first` is the number of slots anywhere among them. `place` says which of the exact ones
+    stands in a slot, -1 none; None where the sums are not wanted.
     """
-    if first == 0:
-        return attention(queries, keys, values, query_positions, key_positions, layer, with_sums)
-    start = jnp.min(jnp.where(query_positions < 0, FAR, query_positions), axis=1)[:, None, None]
+    tokens, with_sums = queries.shape[3], place is not None
+    if first == 0:  # only the new tokens are there
+        k, v, at = keys[:, :, -tokens:], values[:, :, -tokens:], exact_positions[:, :, -tokens:]
+        return attention(queries, k, v, query_positions, at, layer, with_sums)
     old = key_positions[:, :, :first]
-    old = jnp.where(old < start, old, EMPTY)  # what the new tokens are read from is not in the codes
-    new = jnp.broadcast_to(query_positions[:, None], (*old.shape[:2], query_positions.shape[1]))
-    both = jnp.concatenate([old, new], axis=2)
+    old = jnp.where(old < start[:, None, None], old, EMPTY)  # what is given exactly is not read from codes
+    both = jnp.concatenate([old, exact_positions], axis=2)
 
     def block(q: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         return _coded_block(q, keys, values, coded, at, both, layer, first, with_sums)
 
     nothing = jnp.zeros(both.shape, wide(keys.dtype)) if with_sums else None
     mixed, sums = _in_blocks(block, queries, query_positions, nothing)
-    if sums is None or first < key_positions.shape[-1]:
-        return mixed, sums
-    mine = (key_positions[..., None] == new[:, :, None]) & (new[:, :, None] >= 0)
-    return mixed, sums[..., :first] + jnp.sum(jnp.where(mine, sums[:, :, None, first:], 0), axis=-1)
+    return mixed, None if sums is None or place is None else by_slot(jnp, sums, first, place)
 
 
 def _coded_block(

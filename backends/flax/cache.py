@@ -13,7 +13,9 @@ from backends.flax.layer import Held, Plan, opened, packed, without
 from backends.flax.pages import PagedState, closed
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
+from framework.coding import payload
 from framework.eviction import overwrites
+from framework.groups import table_bytes
 from framework.pages import Pages
 from framework.policy import Policy, name
 from framework.shapes import bucket
@@ -137,6 +139,11 @@ class FlaxCache(Cache):
                 totals["padding"] += every - own
             if isinstance(layer, PagedState):
                 totals["positions"] += layer.first.nbytes + layer.count.nbytes
+            for key, own, every in table_bytes(
+                self.codec, layer.streams, layer.positions, layer.tables, self.row_seen
+            ):
+                totals["payload" if payload(key) else "scales"] += own
+                totals["padding"] += every - own
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
@@ -155,6 +162,9 @@ class FlaxCache(Cache):
                 {key: to_numpy(value) for key, value in layer.heads.items()},
                 None if layer.queries is None else to_numpy(layer.queries),
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
+                {key: to_numpy(value) for key, value in layer.tables.items()},
+                self.codec,
+                self.row_seen,
             )
             for layer in held
         )

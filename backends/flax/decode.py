@@ -28,30 +28,36 @@ from backends.flax.layer import (
     append_one,
     bias_at,
     compacted,
+    finished,
     observe,
     opened,
     overwrite,
     packed,
     read,
+    recoded_layer,
     remembered,
     view_of,
     without_weakest,
 )
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
-from framework.arrays import Array
-from framework.codec import decoded
-from framework.coding import SIDES, Coded, parts_of, stored, uncoded
+from framework.arrays import Array, spread
+from framework.codec import Side, decoded
+from framework.coding import SIDES, Coded, paged_parts, stored, uncoded
 from framework.decode import Sampling, choose
 from framework.eviction import measured, noted, repositioned, streamed
+from framework.groups import Call, exact_of
 from framework.pages import Pages
 from framework.policy import BLOCK, Block, View
 from framework.random import gumbel
 from framework.shapes import EMPTY
+from framework.wrapper import seen_by
 
 if TYPE_CHECKING:
     from backends.flax.model import Decoder, DecoderLayer, FlaxModel
 
+
+New = dict[Side, jax.Array]  # keys and values of the tokens of a call
 
 STOPS = 8  # a compiled loop has room for a multiple of this many stop tokens
 OUTPUT = 512  # the loop's output grows in these steps
@@ -95,9 +101,10 @@ def _project(
     positions: jax.Array,
     given: Given,
     tap: Callable,
-) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """Queries [batch kv_heads group tokens head_dim], keys and values [batch kv_heads tokens head_dim], rotated; and
-    for a policy that reads the stream of tokens, the un-rotated queries and the input of the projections."""
+) -> tuple[jax.Array, New, New, tuple[jax.Array, ...]]:
+    """Queries [batch kv_heads group tokens head_dim]; keys and values [batch kv_heads tokens head_dim], rotated, and as
+    they are stored; and for a policy that reads the stream of tokens, the un-rotated queries and the input of the
+    projections."""
     at, attn, layer, (batch, tokens) = (
         f"layers.{index}",
         block.attention,
@@ -115,13 +122,16 @@ def _project(
         tap(f"{at}.attention.{key}", value)
     q, k, v = (jnp.swapaxes(one, 1, 2) for one in (q, k, v))
     grouped = (batch, layer.kv_heads, layer.group, tokens, layer.head_dim)
-    raw = q.reshape(grouped)
+    raw, plain = q.reshape(grouped), k
     if layer.rope is not None and not plan.policy.repositions:
         q = rotate(q, positions[:, None], given.tables[layer.rope])
         k = rotate(k, positions[:, None], given.tables[layer.rope])
     tap(f"{at}.attention.query_rotated", jnp.swapaxes(q, 1, 2))
     tap(f"{at}.attention.key_rotated", jnp.swapaxes(k, 1, 2))
-    return q.reshape(grouped), k, v, (raw, h)
+    left = plain if plan.codec.unrotated else k
+    if given.biases is not None:
+        left = left - bias_at(plan, index, given, jnp.broadcast_to(positions[:, None], k.shape[:3]))
+    return q.reshape(grouped), {"keys": k, "values": v}, {"keys": left, "values": v}, (raw, h)
 
 
 def _inside(decoder: "Decoder", plan: Plan, given: Given) -> Given:
@@ -137,27 +147,23 @@ def _inside(decoder: "Decoder", plan: Plan, given: Given) -> Given:
 
 
 def _coded(
-    plan: Plan,
-    index: int,
-    given: Given,
-    positions: jax.Array,
-    new: dict[str, jax.Array],
-    unfit: list[jax.Array],
+    plan: Plan, index: int, positions: jax.Array, new: New, left: New, unfit: list[jax.Array]
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """Keys and values as the layer holds them, and `State.unfit` with what could not be coded of them."""
     codec, layer = plan.codec, plan.spec.layers[index]
-    if given.biases is not None:
-        spread = jnp.broadcast_to(positions[:, None], new["keys"].shape[:3])
-        new = new | {"keys": new["keys"] - bias_at(plan, index, given, spread)}
-    made = stored(codec, jnp, layer, new)
+    made = stored(codec, jnp, layer, left)
     if codec.exact:
         return made, unfit
-    wrong = unfit[index] | uncoded(jnp, layer, positions, new, made)
-    return jax.lax.stop_gradient(made), [*unfit[:index], wrong, *unfit[index + 1 :]]
+    return jax.lax.stop_gradient(made), _marked(unfit, index, uncoded(jnp, layer, positions, new, made))
+
+
+def _marked(unfit: list[jax.Array], index: int, wrong: jax.Array) -> list[jax.Array]:
+    """`State.unfit` with these heads of a layer."""
+    return [each | wrong if number == index else each for number, each in enumerate(unfit)]
 
 
 def _attend(
-    block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, new: dict[str, jax.Array], first: Any,
+    block: "DecoderLayer", plan: Plan, index: int, held: Held, q: jax.Array, new: New, call: Call, first: Any,
     positions: jax.Array, source: tuple[jax.Array, ...], given: Given, tap: Callable, **rest: Any,
 ) -> tuple[jax.Array, Held, View]:  # fmt: skip
     """Attention of the `new` tokens, which were appended; returns the layer's output, the layer with its memory noted,
@@ -166,14 +172,14 @@ def _attend(
     if rest["phase"] != "pass":
         held = observe(held, q, positions)
     if isinstance(held, PagedState):
-        mixed, sums = _mixed_in_pages(plan, index, held, q, new, positions, given)
+        mixed, sums = _mixed_in_pages(plan, index, held, q, new, call, given)
     else:
-        mixed, sums = _mixed(plan, index, held, q, new, first, positions, given)
+        mixed, sums = _mixed(plan, index, held, q, new, call, first, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
         output = weight.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
-    view = view_of(held, plan, index, given, widened(q[:0]).dtype, sums=sums, output=output, **rest)
+    view = view_of(held, plan, index, given, widened(q[:0]).dtype, call, sums=sums, output=output, **rest)
     if view.memory:
         seen = _streamed(plan, view, positions, *source) if policy.needs.stream else view
         held = remembered(held, noted(policy, seen).memory, (positions >= 0).any(axis=1))
@@ -186,56 +192,68 @@ def _attend(
 
 
 def _mixed(
-    plan: Plan, index: int, held: LayerState, q: jax.Array, new: dict[str, jax.Array], first: Any,
-    positions: jax.Array, given: Given,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    plan: Plan, index: int, held: LayerState, q: jax.Array, new: New, call: Call, first: Any, given: Given
+) -> tuple[jax.Array, jax.Array | None]:
     """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
     layer, codec, sums = plan.spec.layers[index], plan.codec, plan.policy.needs.sums
-    keys, finish = held.streams["keys"] if codec.exact else new["keys"], None
-    if given.biases is not None:
-
-        def finish(block: jax.Array, span: Any) -> jax.Array:
-            return block + bias_at(plan, index, given, cut(held.positions, span))
-
-    if layer.rope is not None and plan.policy.repositions:
-        table = given.tables[layer.rope]
-        rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
-        own = jax.lax.dynamic_slice_in_dim(rank, first, positions.shape[1], axis=2)
-        keys = rotate(keys, rank if codec.exact else own, table)
-        q = rotate(q, own[:, :, None], table)
-
-        def finish(block: jax.Array, span: Any) -> jax.Array:
-            if given.biases is not None:
-                block = block + bias_at(plan, index, given, cut(held.positions, span))
-            return rotate(block, cut(rank, span), table)
-
+    rope = layer.rope if plan.policy.repositions else None
+    rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
+    own = jax.lax.dynamic_slice_in_dim(rank, first, call.positions.shape[1], axis=2)
+    q = q if rope is None else rotate(q, own[:, :, None], given.tables[rope])
     if codec.exact:
-        return attention(q, keys, held.streams["values"], positions, held.positions, layer, sums)
-    coded = Coded(codec, jnp, layer, held.streams, finish, cut)
-    old = first if isinstance(first, int) else held.slots
-    return coded_attention(q, keys, new["values"], coded, positions, held.positions, layer, old, sums)
+        keys = held.streams["keys"]
+        keys = keys if rope is None else rotate(keys, rank, given.tables[rope])
+        return attention(q, keys, held.streams["values"], call.positions, held.positions, layer, sums)
+    exact, ring, keys = exact_of(jnp, codec, held.tables, held.positions, call), codec.recent, new["keys"]
+    if ring:
+        old = finished(plan, index, given, exact.vectors["keys"][:, :, :ring], exact.positions[:, :, :ring])
+        keys = jnp.concatenate([old, keys], axis=2)
+        place = jnp.where(exact.place < ring, exact.place, -1)
+        own = jnp.concatenate([spread(jnp, ring, place, rank, 0), own], axis=2)
+    keys = keys if rope is None else rotate(keys, own, given.tables[rope])
+
+    def read(block: jax.Array, span: Any) -> jax.Array:
+        block = finished(plan, index, given, block, cut(held.positions, span))
+        return block if rope is None else rotate(block, cut(rank, span), given.tables[rope])
+
+    plain = rope is None and given.biases is None and not codec.unrotated
+    coded = Coded(codec, jnp, layer, held.streams, None if plain else read, cut, held.tables)
+    slots = first if isinstance(first, int) else held.slots
+    return coded_attention(
+        q, keys, exact.vectors["values"], coded, call.positions, exact.positions, held.positions, layer, slots,
+        call.before - ring, exact.place if sums else None,
+    )  # fmt: skip
 
 
 def _mixed_in_pages(
-    plan: Plan, index: int, held: PagedState, q: jax.Array, new: dict[str, jax.Array], position: jax.Array,
-    given: Given,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    plan: Plan, index: int, held: PagedState, q: jax.Array, new: New, call: Call, given: Given
+) -> tuple[jax.Array, jax.Array | None]:
     """`_mixed` for one token per row and heads of different lengths."""
-    layer, policy, codec = plan.spec.layers[index], plan.policy, plan.codec
+    layer, policy, codec, position = plan.spec.layers[index], plan.policy, plan.codec, call.positions
     streams, positions, owner = held.paged()
-    if not codec.exact:  # the new token is exact
-        mine = position[owner // layer.kv_heads]
-        mine = ((positions == mine) & (mine >= 0))[..., None]
+    if not codec.exact:
+        # What is exact is taken as it is; of the token of the call also the key, which needs no `finished`.
+        exact, ring, kind = (
+            exact_of(jnp, codec, held.tables, held.positions, call),
+            codec.recent,
+            widened(q[:0]).dtype,
+        )
+        place = held.put(positions=exact.place).marks.reshape(positions.shape)
         for side in SIDES:
-            own = widened(new[side]).reshape(-1, 1, layer.head_dim)[owner]
-            old = decoded(codec, jnp, parts_of(streams, side), side, own.dtype)
-            if given.biases is not None and side == "keys":
-                spread = jnp.broadcast_to(
-                    positions[:, None], (len(owner), layer.kv_heads, positions.shape[1])
+            x = decoded(codec, jnp, paged_parts(codec, jnp, streams, held.tables, owner, side), side, kind)
+            own = exact.vectors[side].reshape(-1, *exact.vectors[side].shape[2:])
+            own = own[owner[:, None], jnp.maximum(place, 0)]
+            x = jnp.where((place >= 0)[..., None], own.astype(kind), x)
+            if side == "keys" and (given.biases is not None or codec.unrotated):
+                heads = layer.kv_heads
+                every = (
+                    jnp.broadcast_to(one[:, None], (len(owner), heads, *one.shape[1:]))
+                    for one in (x, positions)
                 )
-                every = bias_at(plan, index, given, spread)
-                old = old + every[jnp.arange(len(owner)), owner % layer.kv_heads]
-            streams[side] = jnp.where(mine, own, old)
+                x = finished(plan, index, given, *every)[jnp.arange(len(owner)), owner % heads]
+                fresh = new["keys"].reshape(-1, 1, layer.head_dim)[owner].astype(kind)
+                x = jnp.where((place >= ring)[..., None], fresh, x)
+            streams[side] = x
     keys = streams["keys"]
     if layer.rope is not None and policy.repositions:
         rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
@@ -373,15 +391,28 @@ def advance(
     layers: list[Held] = []
     dropped, bad, unfit = state.dropped, state.bad, state.unfit
     for index, block in enumerate(decoder.layers):
-        q, k, v, source = _project(block, plan, index, x, positions, given, tap)
+        q, new, left, source = _project(block, plan, index, x, positions, given, tap)
         source = source if slopes is None else (*source, jnp.asarray(slopes[index]))
         before = opened(state.layers[index])
         first = before.slots
-        new = {"keys": k, "values": v}
-        made, unfit = _coded(plan, index, given, positions, new, unfit)
+        call = Call(left, positions, state.seen, seen)
+        made, unfit = _coded(plan, index, positions, new, left, unfit)
         held: Held = append(before, made, positions, tokens, plan.policy)
         y, held, view = _attend(
-            block, plan, index, held, q, new, first, positions, source, given, tap, seen=seen, phase=phase
+            block,
+            plan,
+            index,
+            held,
+            q,
+            new,
+            call,
+            first,
+            positions,
+            source,
+            given,
+            tap,
+            seen=seen,
+            phase=phase,
         )
         if measure:
             statistics.append(measured(plan.policy, view))
@@ -393,6 +424,9 @@ def advance(
             taken.append((index, decision))
         else:
             held = packed(opened(held), slots[index])
+        if plan.codec.recent and phase != "pass":
+            held, wrong = recoded_layer(held, plan, index, replace(call, queries=held.queries), None)
+            unfit = _marked(unfit, index, wrong)
         if (layout := layouts[index]) is not None:
             least = given.budget(index, plan.spec.layers[index].kv_heads) if plan.overwrites(index) else 0
             held = closed(held, layout, least)
@@ -424,11 +458,11 @@ def _one(
     dropped, bad, unfit = state.dropped, state.bad, state.unfit
     for index, block in enumerate(decoder.layers):
         held = state.layers[index]
-        q, k, v, source = _project(block, plan, index, x, position, given, no_tap)
+        q, new, left, source = _project(block, plan, index, x, position, given, no_tap)
+        call = Call(left, position, state.seen, seen)
         first = held.fill
         write = overwrite if plan.overwrites(index) else append_one
-        new = {"keys": k, "values": v}
-        made, unfit = _coded(plan, index, given, position, new, unfit)
+        made, unfit = _coded(plan, index, position, new, left, unfit)
         held = write(held, made, position, tokens[:, None], plan.policy)
         y, held, view = _attend(
             block,
@@ -437,6 +471,7 @@ def _one(
             held,
             q,
             new,
+            call,
             first,
             position,
             source,
@@ -446,21 +481,23 @@ def _one(
             phase="decode",
         )
         x = _rest(block, plan, index, x, y, no_tap)
-        if plan.overwrites(index):
-            held, lost, wrong = without_weakest(held, view, plan.policy, real)
-        elif plan.bounded[index]:
-            held, lost, wrong = _sometimes(plan, held, view, given, real, steps)
-        else:
-            layers.append(held)
-            continue
-        dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
+        if plan.bounded[index]:
+            if plan.overwrites(index):
+                held, lost, wrong = without_weakest(held, view, plan.policy, real)
+            else:
+                held, lost, wrong = _sometimes(plan, held, view, given, call, real, steps)
+            dropped, bad = jnp.where(lost, seen, dropped), bad | wrong
+        if recent := plan.codec.recent:
+            due = jnp.any(state.seen // recent < seen // recent)
+            held, wrong = recoded_layer(held, plan, index, replace(call, queries=held.queries), due)
+            unfit = _marked(unfit, index, wrong)
         layers.append(held)
     out = _logits(decoder, plan, x, no_tap)[:, 0]
     return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad, unfit)
 
 
 def _sometimes(
-    plan: Plan, held: Held, view: View, given: Given, active: jax.Array, steps: jax.Array
+    plan: Plan, held: Held, view: View, given: Given, call: Call, active: jax.Array, steps: jax.Array
 ) -> tuple:
     """Compaction at every `interval`-th step."""
 
@@ -470,12 +507,16 @@ def _sometimes(
             view,
             positions=held.positions,
             memory={key: held.memory[key] for key in plan.policy.memory} | held.heads,
-            keys=None if view.keys is None else read(held, plan, view.layer, given, "keys", view.keys.dtype),
+            keys=None
+            if view.keys is None
+            else read(held, plan, view.layer, given, "keys", view.keys.dtype, call),
             values=None
             if view.values is None
-            else read(held, plan, view.layer, given, "values", view.values.dtype),
+            else read(held, plan, view.layer, given, "values", view.values.dtype, call),
             queries=None if held.queries is None else widened(held.queries),
+            query_positions=held.query_positions,
         )
+        current = seen_by(plan.policy, current)
         if plan.policy.repositions:
             current = repositioned(current)
         return compacted(held, current, plan.policy, active, held.slots)[:3]

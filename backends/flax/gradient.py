@@ -11,6 +11,7 @@ from backends.flax.convert import widened
 from backends.flax.decode import Skeleton, _attend, _coded, _embed, _inside, _places, _project, _rest, no_tap
 from backends.flax.layer import Given, Plan, append, opened
 from framework.arrays import Array
+from framework.groups import Call
 
 
 @partial(jax.jit, static_argnames=("bones", "plan"))
@@ -31,13 +32,26 @@ def gradients(
 
     def layer(index: int, x: jax.Array, added: jax.Array) -> jax.Array:
         block, before = decoder.layers[index], opened(state.layers[index])
-        q, k, v, source = _project(block, plan, index, x, positions, given, no_tap)
+        q, new, left, source = _project(block, plan, index, x, positions, given, no_tap)
         first = before.slots
-        new = {"keys": k, "values": v}
-        made, _ = _coded(plan, index, given, positions, new, state.unfit)
+        call = Call(left, positions, state.seen, seen)
+        made, _ = _coded(plan, index, positions, new, left, state.unfit)
         held = append(before, made, positions, tokens, plan.policy)
         y, _, _ = _attend(
-            block, plan, index, held, q, new, first, positions, source, given, no_tap, seen=seen, phase="pass"
+            block,
+            plan,
+            index,
+            held,
+            q,
+            new,
+            call,
+            first,
+            positions,
+            source,
+            given,
+            no_tap,
+            seen=seen,
+            phase="pass",
         )
         return _rest(block, plan, index, x, y + added, no_tap)
 

@@ -27,9 +27,20 @@ from framework.eviction import (
     survivors,
     weakest,
 )
+from framework.groups import (
+    Call,
+    asked,
+    exact_of,
+    fixed_rows,
+    most_rows,
+    of_groups,
+    recoded,
+    tables_layout,
+)
 from framework.policy import Policy, View
 from framework.shapes import EMPTY
 from framework.spec import Layer, ModelSpec, Rope
+from framework.wrapper import seen_by
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +48,7 @@ from framework.spec import Layer, ModelSpec, Rope
 class LayerState:
     """Buffers of one layer. `fill` is the slot that the next token goes to where tokens are appended.
 
-    `memory` is what the policy remembers per slot, `heads` per head.
+    `memory` is what the policy remembers per slot, `heads` per head; `tables` are a codec's, beside the slots.
     """
 
     streams: dict[str, Shaped[jax.Array, "batch heads slots width"]]
@@ -47,6 +58,7 @@ class LayerState:
     queries: Float[jax.Array, "batch kv_heads group window head_dim"] | None
     query_positions: Int[jax.Array, "batch window"] | None
     fill: Int[jax.Array, ""]
+    tables: dict[str, Shaped[jax.Array, "batch kv_heads rows _"]]
 
     @property
     def slots(self) -> int:
@@ -87,7 +99,8 @@ def opened(layer: Held) -> LayerState:
     if isinstance(layer, LayerState):
         return layer
     return LayerState(
-        layer.streams, layer.positions, layer.memory, layer.heads, layer.queries, layer.query_positions, layer.fill
+        layer.streams, layer.positions, layer.memory, layer.heads, layer.queries, layer.query_positions, layer.fill,
+        layer.tables,
     )  # fmt: skip
 
 
@@ -224,26 +237,59 @@ def observe(
 def bias_at(
     plan: Plan, index: int, given: Given, positions: Int[jax.Array, "batch kv_heads slots"]
 ) -> Float[jax.Array, "batch kv_heads slots head_dim"]:
-    """The key bias that a codec leaves out, at these positions, rotated as the cache's keys are."""
+    """The key bias that a codec leaves out, at these positions, rotated where keys are stored rotated."""
     assert given.biases is not None
     own, rope = given.biases[index][None, :, None], plan.spec.layers[index].rope
     every = jnp.broadcast_to(own, (*positions.shape, own.shape[-1]))
-    if rope is None or plan.policy.repositions:
+    if rope is None or plan.policy.repositions or plan.codec.unrotated:
         return every
     return rotate(every, positions, given.tables[rope])
 
 
+def finished(
+    plan: Plan, index: int, given: Given, keys: jax.Array, positions: jax.Array
+) -> Float[jax.Array, "batch kv_heads slots head_dim"]:
+    """Keys as the cache shows them, from keys as they are stored and their positions."""
+    rope = plan.spec.layers[index].rope
+    if given.biases is not None:
+        keys = keys + bias_at(plan, index, given, positions)
+    if rope is not None and plan.codec.unrotated and not plan.policy.repositions:
+        keys = rotate(keys, positions, given.tables[rope])
+    return keys
+
+
 def read(
-    layer: Held, plan: Plan, index: int, given: Given, side: Side, dtype: Any
+    layer: Held, plan: Plan, index: int, given: Given, side: Side, dtype: Any, call: Call
 ) -> Float[jax.Array, "batch kv_heads slots width"]:
-    """Keys or values of all slots, as the policy sees them; coded ones in this dtype."""
-    x = widened(shown(plan.codec, jnp, plan.spec.layers[index], layer.streams, side, dtype))
-    if side == "values" or given.biases is None:
-        return x
-    return x + bias_at(plan, index, given, layer.positions)
+    """Keys or values of all slots, as the policy sees them at the end of a call; coded ones in this dtype."""
+    codec, spec = plan.codec, plan.spec.layers[index]
+    exact = exact_of(jnp, codec, layer.tables, layer.positions, call) if codec.recent else None
+    x = widened(shown(codec, jnp, spec, layer.streams, side, dtype, layer.tables, exact))
+    return x if side == "values" else finished(plan, index, given, x, layer.positions)
 
 
-def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **rest: Any) -> View:
+def recoded_layer(
+    layer: Held, plan: Plan, index: int, call: Call, due: Bool[jax.Array, ""] | None
+) -> tuple[Held, jax.Array]:
+    """The layer with what the call made complete coded, and the heads of which something could not be.
+
+    `due`: whether keys may be complete, where the buffers keep their shapes; None: they may, and the tables get the
+    size that suits the slots.
+    """
+
+    def code(complete: bool) -> tuple[Held, Bool[jax.Array, "kv_heads"]]:
+        rows = most_rows(plan.codec, layer.slots, plan.bounded[index])
+        streams, tables, wrong = recoded(
+            jnp, plan.codec, layer.streams, layer.tables, layer.positions, replace(call, due=complete), rows
+        )
+        return layer.put(streams if complete else None, tables=tables), wrong
+
+    if due is None:
+        return code(True)
+    return jax.lax.cond(due, lambda: code(True), lambda: code(False))
+
+
+def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, call: Call, **rest: Any) -> View:
     """What the policy sees of a layer, in physical slot order; coded vectors are read in `dtype`."""
     spec, needs = plan.spec.layers[index], plan.policy.needs
     cos, sin = (None, None) if spec.rope is None else given.tables[spec.rope]
@@ -254,8 +300,8 @@ def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **res
         positions=layer.positions,
         budget=given.budget(index, spec.kv_heads),
         memory={key: layer.memory[key] for key in plan.policy.memory} | layer.heads,
-        keys=read(layer, plan, index, given, "keys", dtype) if needs.keys or needs.queries else None,
-        values=read(layer, plan, index, given, "values", dtype) if needs.values else None,
+        keys=read(layer, plan, index, given, "keys", dtype, call) if needs.keys or needs.queries else None,
+        values=read(layer, plan, index, given, "values", dtype, call) if needs.values else None,
         queries=None if layer.queries is None else widened(layer.queries),
         query_positions=layer.query_positions,
         tokens=layer.memory["tokens"].astype(jnp.int32) if needs.tokens else None,
@@ -269,6 +315,7 @@ def view_of(layer: Held, plan: Plan, index: int, given: Given, dtype: Any, **res
         repositions=plan.policy.repositions,
         **rest,
     )
+    view = seen_by(plan.policy, view)
     return repositioned(view) if plan.policy.repositions else view
 
 
@@ -298,6 +345,16 @@ def packed(layer: LayerState, slots: int) -> LayerState:
     order = by_position(jnp, layer.positions).astype(jnp.int32)
     source = jnp.where(take_slots(jnp, layer.positions, order) >= 0, order, -1)
     return layer.gathered(_sized(source, slots))
+
+
+def with_rows_for_groups(layer: Held, codec: Codec, bounded: bool) -> Held:
+    """The layer with tables that have room for all groups that its slots can come to."""
+    rows = most_rows(codec, layer.slots, bounded)
+    tables = {
+        key: jnp.pad(x, ((0, 0), (0, 0), (0, max(0, rows - x.shape[2])), (0, 0)))
+        for key, x in of_groups(layer.tables).items()
+    }
+    return replace(layer, tables={**layer.tables, **tables}) if tables else layer
 
 
 def _sized(index: jax.Array, slots: int) -> jax.Array:
@@ -391,8 +448,8 @@ def without(layer: LayerState, seen: jax.Array) -> LayerState:
 
 def empty_layer(layer: Layer, policy: Policy, codec: Codec, batch: int, slots: int, dtype: Any) -> LayerState:
     """Zeroed buffers on the host: zero, never uninitialised, since 0 x NaN leaks through a mask."""
-    asked = policy.needs.queries
-    grouped = (batch, layer.kv_heads, layer.group, asked, layer.head_dim)
+    newest = asked(policy, codec)
+    grouped = (batch, layer.kv_heads, layer.group, newest, layer.head_dim)
     return LayerState(
         streams={
             key: to_jax(np.zeros((batch, one.heads, slots, one.width)), dtype if codec.exact else kind)
@@ -406,7 +463,11 @@ def empty_layer(layer: Layer, policy: Policy, codec: Codec, batch: int, slots: i
             key: to_jax(np.zeros((batch, layer.kv_heads, *shape)), wide(dtype))
             for key, shape in policy.head_memory(layer).items()
         },
-        queries=to_jax(np.zeros(grouped), dtype) if asked else None,
-        query_positions=to_jax(np.full((batch, asked), EMPTY), np.int32) if asked else None,
+        queries=to_jax(np.zeros(grouped), dtype) if newest else None,
+        query_positions=to_jax(np.full((batch, newest), EMPTY), np.int32) if newest else None,
         fill=to_jax(np.array(0), np.int32),
+        tables={
+            key: to_jax(np.zeros((batch, one.heads, fixed_rows(codec, key) or 0, one.width)), kind or dtype)
+            for key, (one, kind) in tables_layout(codec, layer).items()
+        },
     )

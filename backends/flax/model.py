@@ -15,7 +15,7 @@ from backends.flax.cache import FlaxCache, State
 from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.gradient import gradients
-from backends.flax.layer import Given, Held, Plan, empty_layer, opened
+from backends.flax.layer import Given, Held, Plan, empty_layer, opened, with_rows_for_groups
 from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
 from framework.arrays import FAR
@@ -331,6 +331,8 @@ class FlaxModel(Model):
                     layer = cache.settle(index, layer, least)
             elif layer.slots < least and (bounded or layer.slots < cache.used + tokens):
                 layer = self._widened(layer, least)
+            with precision(self.dtype):
+                layer = with_rows_for_groups(layer, cache.codec, bounded)
             layers.append(layer)
         if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
             state = replace(cache.state, layers=layers)
@@ -410,6 +412,9 @@ class FlaxModel(Model):
                     if saved.query_positions is None
                     else to_jax(saved.query_positions, np.int32),
                     fill=to_jax(np.array(saved.positions.shape[-1]), np.int32),
+                    tables={
+                        key: to_jax(value, empty.tables[key].dtype) for key, value in saved.tables.items()
+                    },
                 )
                 for empty, saved in zip(map(opened, cache.state.layers), held.layers, strict=True)
             ]

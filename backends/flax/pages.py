@@ -29,6 +29,7 @@ class PagedState:
     heads: dict[str, Float[jax.Array, "batch kv_heads *rest"]]
     queries: Float[jax.Array, "batch kv_heads group window head_dim"] | None
     query_positions: Int[jax.Array, "batch window"] | None
+    tables: dict[str, Shaped[jax.Array, "batch kv_heads rows _"]]
     layout: Pages = field(metadata={"static": True})
     slots: int = field(metadata={"static": True})
 
@@ -162,6 +163,7 @@ def closed(layer: Any, layout: Pages, least: Int[Any, "batch kv_heads"] | int) -
         heads=layer.heads,
         queries=layer.queries,
         query_positions=layer.query_positions,
+        tables=layer.tables,
         layout=layout,
         slots=layer.slots,
     )

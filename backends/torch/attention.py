@@ -7,8 +7,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from backends.torch.convert import widened
-from framework.arrays import FAR, softmax
-from framework.coding import Coded
+from framework.arrays import softmax
+from framework.coding import Coded, by_slot
 from framework.policy import attends
 from framework.shapes import EMPTY
 from framework.spec import Layer
@@ -76,33 +76,36 @@ def attention(
 
 def coded_attention(
     queries: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
-    keys: Float[torch.Tensor, "batch kv_heads tokens head_dim"],
-    values: Float[torch.Tensor, "batch kv_heads tokens width"],
+    keys: Float[torch.Tensor, "batch kv_heads exact head_dim"],
+    values: Float[torch.Tensor, "batch kv_heads exact width"],
     coded: Coded,
     query_positions: Int[torch.Tensor, "batch tokens"],
+    exact_positions: Int[torch.Tensor, "batch kv_heads exact"],
     key_positions: Int[torch.Tensor, "batch kv_heads slots"],
     layer: Layer,
     first: int,
-    with_sums: bool,
+    start: Int[torch.Tensor, "batch"],
+    place: Int[torch.Tensor, "batch kv_heads slots"] | None,
 ) -> tuple[
     Float[torch.Tensor, "batch kv_heads group tokens width"],
     Float[torch.Tensor, "batch kv_heads slots"] | None,
 ]:
-    """`attention` over slots that are coded; the new tokens, with these keys and values, are exact.
+    """`attention` over slots that are coded, but for some tokens, among them the new ones, whose keys and values are
+    given exactly.
 
-    They stand at slots `first`, `first + 1`, ..., or where `first` is the number of slots anywhere among them.
+    These are the tokens from position `start` on, the new ones last among them. The new ones stand at slots `first`,
+    `first + 1`, ..., or where `first` is the number of slots anywhere among them. `place` says which of the exact ones
+    stands in a slot, -1 none; None where the sums are not wanted.
     """
-    batch, kv_heads, group, tokens, head_dim = queries.shape
-    if first == 0:  # nothing is read from codes
-        new = query_positions[:, None].expand(-1, kv_heads, -1)
-        mixed, sums = attention(queries, keys, values, query_positions, new, layer, 0, with_sums)
+    tokens, with_sums = queries.shape[3], place is not None
+    if first == 0:  # only the new tokens are there
+        k, v, at = keys[:, :, -tokens:], values[:, :, -tokens:], exact_positions[:, :, -tokens:]
+        mixed, sums = attention(queries, k, v, query_positions, at, layer, 0, with_sums)
         beyond = key_positions.shape[-1] - tokens
         return mixed, None if sums is None else functional.pad(sums, (0, beyond))
-    start = torch.where(query_positions < 0, FAR, query_positions).amin(1)[:, None, None]
     old = key_positions[:, :, :first]
-    old = torch.where(old < start, old, EMPTY)  # what the new tokens are read from is not in the codes
-    new = query_positions[:, None].expand(-1, kv_heads, -1)
-    both = torch.cat([old, new], dim=2)
+    old = torch.where(old < start[:, None, None], old, EMPTY)  # what is given exactly is not read from codes
+    both = torch.cat([old, exact_positions], dim=2)
     backward = torch.is_grad_enabled() and queries.requires_grad
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(both.shape)) if with_sums else None
@@ -116,12 +119,9 @@ def coded_attention(
         mixed[..., span, :] = out
         if sums is not None:
             sums += received
-    if sums is None:
+    if sums is None or place is None:
         return mixed, None
-    if first + tokens <= key_positions.shape[-1]:
-        return mixed, functional.pad(sums, (0, key_positions.shape[-1] - first - tokens))
-    mine = (key_positions[..., None] == new[:, :, None]) & (new[:, :, None] >= 0)
-    return mixed, sums[..., :first] + (mine * sums[:, :, None, first:]).sum(-1)
+    return mixed, by_slot(xp, sums, first, place)
 
 
 def _coded_block(
@@ -134,7 +134,7 @@ def _coded_block(
     layer: Layer,
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`coded_attention` of a few queries; `key_positions` are those of the coded slots and then of the new tokens."""
+    """`coded_attention` of a few queries; `key_positions` are those of the coded slots and then of the exact tokens."""
     batch, kv_heads, group, tokens, head_dim = queries.shape
     exact, wide = widened(values), widened(values[:0]).dtype
     spans = [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]

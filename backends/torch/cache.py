@@ -11,7 +11,9 @@ from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
+from framework.coding import payload
 from framework.eviction import UNLIMITED, overwrites
+from framework.groups import table_bytes
 from framework.pages import Pages
 from framework.policy import Policy, name
 from framework.shapes import EMPTY
@@ -95,6 +97,11 @@ class TorchCache(Cache):
                 totals["padding"] += every - own
             if isinstance(layer, PagedLayer):
                 totals["positions"] += layer.first.nbytes + layer.count.nbytes
+            for key, own, every in table_bytes(
+                self.codec, layer.streams, layer.positions, layer.tables, self.row_seen
+            ):
+                totals["payload" if payload(key) else "scales"] += own
+                totals["padding"] += every - own
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None
@@ -111,6 +118,9 @@ class TorchCache(Cache):
                 {key: to_numpy(value) for key, value in layer.heads.items()},
                 None if layer.queries is None else to_numpy(layer.queries),
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
+                {key: to_numpy(value) for key, value in layer.tables.items()},
+                self.codec,
+                self.row_seen,
             )
             for layer in self.layers
         )
@@ -152,6 +162,7 @@ class TorchCache(Cache):
                 heads={key: value[index] for key, value in layer.heads.items()},
                 queries=pick(layer.queries),
                 query_positions=pick(layer.query_positions),
+                tables={key: value[index] for key, value in layer.tables.items()},
             )
             for layer in map(opened, self.layers)
         ]

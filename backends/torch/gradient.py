@@ -62,5 +62,5 @@ def _layer(
     silent = replace(cache, layers=layers, policy=Window(reposition=cache.policy.repositions))
     block = model.decoder.layers[index]
     new = next_positions(tokens >= 0, start)
-    y, _ = model._attend(block, index, x, tokens, new, rows, silent, single=False, phase="pass")
+    y, _, _ = model._attend(block, index, x, tokens, new, start, rows, silent, single=False, phase="pass")
     return model._rest(block, index, x, y + added)

@@ -14,12 +14,14 @@ from framework.arrays import by_position, keep, take_slots
 from framework.codec import Codec, Side
 from framework.coding import payload, shown
 from framework.eviction import alive, heads_budgets, judge, merged, ordered, repositioned, survivors, weakest
+from framework.groups import Call, Exact, recoded
 from framework.policy import Policy, View
 from framework.shapes import EMPTY, bucket
 from framework.spec import Layer
+from framework.wrapper import seen_by
 
-# The bias of the keys at some positions [batch kv_heads slots], rotated as they are.
-Bias = Callable[[torch.Tensor], torch.Tensor]
+# Keys as the model sees them, from keys as they are stored and their positions [batch kv_heads slots].
+Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class HeldLayer(ABC):
@@ -37,6 +39,7 @@ class HeldLayer(ABC):
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
     used: int
+    tables: dict[str, Shaped[torch.Tensor, "batch kv_heads rows _"]]  # of a codec, beside the slots
     streams: Any  # by name, [batch kv_heads slots width]; one head for all where a codec codes them together
     positions: Any  # [batch kv_heads slots]
     memory: Any  # by name, [batch kv_heads slots]
@@ -63,11 +66,20 @@ class HeldLayer(ABC):
         """
 
     def read(
-        self, side: Side, dtype: torch.dtype, bias: Bias | None
+        self, side: Side, dtype: torch.dtype, finish: Finish | None, exact: Exact | None
     ) -> Float[torch.Tensor, "batch kv_heads slots width"]:
-        """Keys or values of all slots, as the model sees them."""
-        x = shown(self.codec, xp, self.spec, self.streams, side, dtype)
-        return x if bias is None or side == "values" else x + bias(self.positions)
+        """Keys or values of all slots, as the model sees them; keys go through `finish`."""
+        x = shown(self.codec, xp, self.spec, self.streams, side, dtype, self.tables, exact)
+        return x if finish is None or side == "values" else finish(x, self.positions)
+
+    def recode(self, call: Call) -> torch.Tensor:
+        """Code what the call made complete; returns the heads of which something could not be coded."""
+        streams, self.tables, wrong = recoded(
+            xp, self.codec, self.streams, self.tables, self.positions, call, None
+        )
+        if self.codec.together and call.due:
+            self.put(streams)
+        return wrong
 
     @property
     def bound(self) -> int:
@@ -94,11 +106,12 @@ class HeldLayer(ABC):
         sums: torch.Tensor | None,
         table: tuple[torch.Tensor, torch.Tensor] | None,
         dtype: torch.dtype,
-        bias: Bias | None,
+        finish: Finish | None,
+        exact: Exact | None,
         **rest: Any,
     ) -> View:
         """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope, and
-        coded vectors are read in `dtype`, and keys that came without their bias get it back."""
+        coded vectors are read in `dtype`, and keys go through `finish`."""
         needs = policy.needs
         wanted = needs.keys or needs.queries > 0
         cos, sin = (None, None) if table is None else table
@@ -107,8 +120,8 @@ class HeldLayer(ABC):
             positions=self.positions,
             budget=self.budget,
             memory={key: self.memory[key] for key in policy.memory} | self.heads,
-            keys=widened(self.read("keys", dtype, bias)) if wanted else None,
-            values=widened(self.read("values", dtype, bias)) if needs.values else None,
+            keys=widened(self.read("keys", dtype, finish, exact)) if wanted else None,
+            values=widened(self.read("values", dtype, None, exact)) if needs.values else None,
             queries=None if self.queries is None else widened(self.queries),
             query_positions=self.query_positions,
             sums=sums,
@@ -121,6 +134,7 @@ class HeldLayer(ABC):
             repositions=policy.repositions,
             **rest,
         )
+        view = seen_by(policy, view)
         return repositioned(view) if policy.repositions else view
 
     def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
@@ -207,6 +221,7 @@ class LayerCache(HeldLayer):
     heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
+    tables: dict[str, Shaped[torch.Tensor, "batch kv_heads rows _"]]
     fill: int = 0
     used: int = 0
 

@@ -17,15 +17,16 @@ from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.gradient import gradients
-from backends.torch.layer import Bias, LayerCache
+from backends.torch.layer import Finish, LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions
-from framework.arrays import FAR
+from framework.arrays import FAR, spread
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec, decoded
-from framework.coding import SIDES, Coded, parts_of, refused, stored, uncoded
+from framework.codec import Codec, Side, decoded
+from framework.coding import SIDES, Coded, paged_parts, refused, stored, uncoded
 from framework.errors import KvtwinError
 from framework.eviction import measured, noted, slot_memory, streamed
+from framework.groups import Call, Exact, asked, exact_of, fixed_rows, tables_layout
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
 from framework.rope import check_reach
 from framework.shapes import EMPTY
@@ -150,10 +151,10 @@ class TorchModel(Model):
         return cache
 
     def _layer(self, policy: Policy, codec: Codec, layer: Layer, batch: int) -> LayerCache:
-        asked = policy.needs.queries
         wide = torch.promote_types(self.kind, torch.float32)
         empty = {"device": self.device, "dtype": self.kind}
         heads = (batch, layer.kv_heads)
+        newest = asked(policy, codec)
         made: dict[str, torch.Tensor] = {
             side: torch.zeros(*heads, 1, layer.head_dim, **empty) for side in SIDES
         }
@@ -169,8 +170,18 @@ class TorchModel(Model):
                 key: torch.zeros(*heads, *shape, dtype=wide, device=self.device)
                 for key, shape in policy.head_memory(layer).items()
             },
-            torch.zeros(*heads, layer.group, asked, layer.head_dim, **empty) if asked else None,
-            torch.full((batch, asked), EMPTY, dtype=torch.int32, device=self.device) if asked else None,
+            torch.zeros(*heads, layer.group, newest, layer.head_dim, **empty) if newest else None,
+            torch.full((batch, newest), EMPTY, dtype=torch.int32, device=self.device) if newest else None,
+            {
+                key: torch.zeros(
+                    *heads,
+                    fixed_rows(codec, key) or 0,
+                    one.width,
+                    dtype=self.kind if kind is None else getattr(torch, kind.name),
+                    device=self.device,
+                )
+                for key, (one, kind) in tables_layout(codec, layer).items()
+            },
         )
 
     @torch.inference_mode()
@@ -227,6 +238,8 @@ class TorchModel(Model):
         )
         rows = {"seen": seen, "question": question}
         positions = next_positions(real, before)
+        recent = cache.codec.recent
+        complete = bool(recent) and bool((cache.row_seen // recent < after // recent).any())
         cache.row_seen = after
         cache.steps, cache.singles = cache.counted(phase, host.shape[1] == 1 and bool((host >= 0).all()))
         whole = phase == "prefill" or cache.pending
@@ -244,8 +257,8 @@ class TorchModel(Model):
         unfit: list[torch.Tensor] | None = None if cache.codec.exact else []
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
-            y, view = self._attend(
-                block, index, x, tokens, positions, rows, cache, single, phase, tap, slope, unfit
+            y, view, call = self._attend(
+                block, index, x, tokens, positions, before, rows, cache, single, phase, tap, slope, unfit
             )
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
@@ -253,6 +266,10 @@ class TorchModel(Model):
                 choice = None if forced is None else to_torch(forced[len(bad)], device=self.device)
                 bad[index] = self._evict(cache, index, view, active, single, choice, decisions)
             del view  # and with it the layer's tokens that were evicted
+            if unfit is not None and cache.codec.recent and phase != "pass":
+                held = cache.layers[index]
+                unfit[-1] = unfit[-1] | held.recode(replace(call, queries=held.queries, due=complete))
+            del call
             x = self._rest(block, index, x, y, tap)
         if not single:
             cache.settle()
@@ -270,6 +287,7 @@ class TorchModel(Model):
         x: Float[torch.Tensor, "batch tokens dim"],
         ids: Int[torch.Tensor, "batch tokens"],
         positions: Int[torch.Tensor, "batch tokens"],
+        before: Int[torch.Tensor, "batch"],
         rows: dict[str, Int[torch.Tensor, "batch"]],
         cache: TorchCache,
         single: bool,
@@ -277,10 +295,11 @@ class TorchModel(Model):
         tap: Tap = no_tap,
         gradients: Float[torch.Tensor, "batch tokens dim"] | None = None,
         unfit: list[torch.Tensor] | None = None,
-    ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View]:
-        """Append the tokens to one layer and attend; returns the layer's attention output and the policy's view.
+    ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View, Call]:
+        """Append the tokens to one layer and attend; returns the layer's attention output, the policy's view, and what
+        was appended, as it is stored.
 
-        `unfit` is given which heads made what cannot be coded.
+        `before`: what the rows had seen. `unfit` is given which heads made what cannot be coded.
         """
         at, attn, layer, held = (
             f"layers.{index}",
@@ -299,7 +318,7 @@ class TorchModel(Model):
         for key, value in (("query", q), ("key", k), ("value", v)):
             tap(f"{at}.attention.{key}", value)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        raw = q.unflatten(1, (layer.kv_heads, layer.group))
+        raw, plain = q.unflatten(1, (layer.kv_heads, layer.group)), k
         if layer.rope is not None and not policy.repositions:
             q = self.tables.rotate(q, positions[:, None], layer.rope, cache.length)
             k = self.tables.rotate(k, positions[:, None], layer.rope, cache.length)
@@ -309,9 +328,11 @@ class TorchModel(Model):
         start = {
             key: ids[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()
         }
-        new = {"keys": k, "values": v}
-        bias = self._bias(block, layer, cache) if held.codec.unbiased else None
-        left = new if bias is None else new | {"keys": k - bias(positions[:, None])}
+        new: dict[Side, torch.Tensor] = {"keys": k, "values": v}
+        left = new | {
+            "keys": self._left(block, layer, cache, plain if held.codec.unrotated else k, positions)
+        }
+        call = Call(left, positions, before, rows["seen"])
         made = stored(held.codec, xp, layer, left)
         if unfit is not None:
             unfit.append(uncoded(xp, layer, positions, new, made))
@@ -323,16 +344,21 @@ class TorchModel(Model):
             held.append(made, positions, start)
         if phase != "pass":
             held.observe(grouped, positions)
+        exact = None
+        if not held.codec.exact and (held.codec.recent or policy.needs.sums or isinstance(held, PagedLayer)):
+            exact = exact_of(xp, held.codec, held.tables, held.positions, call)
+        finish = self._finish(block, layer, cache)
         if isinstance(held, PagedLayer):
-            mixed, sums = self._mixed_in_pages(held, grouped, new, positions, cache, bias)
+            mixed, sums = self._mixed_in_pages(held, grouped, new, exact, positions, cache, finish)
         else:
-            mixed, sums = self._mixed(held, grouped, new, first, positions, cache, bias)
+            mixed, sums = self._mixed(held, grouped, new, exact, first, positions, before, cache, finish)
         view = held.view(
             policy,
             sums,
             None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
             torch.promote_types(self.kind, torch.float32),
-            bias,
+            finish,
+            exact,
             phase=phase,
             layer=index,
             layers=len(self.spec.layers),
@@ -352,68 +378,112 @@ class TorchModel(Model):
         tap(f"{at}.attention.mixed", mixed)
         y = attn.output(mixed)
         tap(f"{at}.attention.output", y)
-        return y, view
+        return y, view, call
 
-    def _bias(self, block: DecoderLayer, layer: Layer, cache: TorchCache) -> Bias:
-        """The key bias of a layer at any positions."""
+    def _bias(
+        self,
+        block: DecoderLayer,
+        layer: Layer,
+        cache: TorchCache,
+        positions: Int[torch.Tensor, "batch heads slots"],
+    ) -> Float[torch.Tensor, "batch kv_heads slots head_dim"]:
+        """The key bias of a layer at these positions, rotated where keys are stored rotated."""
         own = block.attention.key.bias.view(1, layer.kv_heads, 1, layer.head_dim)
+        every = own.expand(positions.shape[0], -1, positions.shape[-1], -1)
+        if layer.rope is None or cache.policy.repositions or cache.codec.unrotated:
+            return every
+        return self.tables.rotate(every, positions, layer.rope, cache.length)
 
-        def at(positions: torch.Tensor) -> torch.Tensor:
-            every = own.expand(positions.shape[0], -1, positions.shape[-1], -1)
-            if layer.rope is None or cache.policy.repositions:
-                return every
-            return self.tables.rotate(every, positions, layer.rope, cache.length)
+    def _left(
+        self,
+        block: DecoderLayer,
+        layer: Layer,
+        cache: TorchCache,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """New keys less what a codec leaves out."""
+        if not cache.codec.unbiased:
+            return keys
+        return keys - self._bias(block, layer, cache, positions[:, None])
 
-        return at
+    def _finish(self, block: DecoderLayer, layer: Layer, cache: TorchCache) -> Finish | None:
+        """What turns stored keys into those that the cache shows; None where they are the same."""
+        rope = layer.rope if cache.codec.unrotated and not cache.policy.repositions else None
+        if rope is None and not cache.codec.unbiased:
+            return None
+
+        def finish(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            keys = keys + self._bias(block, layer, cache, positions) if cache.codec.unbiased else keys
+            return keys if rope is None else self.tables.rotate(keys, positions, rope, cache.length)
+
+        return finish
 
     def _mixed(
-        self, held: LayerCache, queries: torch.Tensor, new: dict[str, torch.Tensor], first: int,
-        positions: torch.Tensor, cache: TorchCache, bias: Bias | None,
+        self, held: LayerCache, queries: torch.Tensor, new: dict[Side, torch.Tensor], exact: Exact | None, first: int,
+        positions: torch.Tensor, before: torch.Tensor, cache: TorchCache, finish: Finish | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
         layer, codec, tokens, sums = held.spec, held.codec, positions.shape[1], cache.policy.needs.sums
-        rope, keys = layer.rope, held.streams["keys"] if codec.exact else new["keys"]
-        finish = None
-        if bias is not None:
-
-            def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
-                return block + bias(held.positions[:, :, span])
-
-        if rope is not None and cache.policy.repositions:
+        keys, values = held.streams["keys"] if codec.exact else new["keys"], new["values"]
+        at = positions[:, None].expand(-1, layer.kv_heads, -1)
+        ring = codec.recent if first else 0
+        if ring and exact is not None:
+            at, values, old = exact.positions, exact.vectors["values"], exact.vectors["keys"][:, :, :ring]
+            old = old if finish is None else finish(old, at[:, :, :ring])
+            keys = torch.cat([old, keys], dim=2)
+        rank, rope = None, layer.rope if cache.policy.repositions else None
+        if rope is not None:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
-            own = rank[:, :, first : first + tokens]
+            own = every = rank[:, :, first : first + tokens]
+            if ring and exact is not None:
+                place = torch.where(exact.place < ring, exact.place, -1)
+                every = torch.cat([spread(xp, ring, place, rank, 0), own], dim=2)
             queries = self.tables.rotate(queries, own[:, :, None], rope, cache.length)
-            keys = self.tables.rotate(keys, rank if codec.exact else own, rope, cache.length)
+            keys = self.tables.rotate(keys, rank if codec.exact else every, rope, cache.length)
 
-            def finish(block: torch.Tensor, span: slice) -> torch.Tensor:
-                block = block if bias is None else block + bias(held.positions[:, :, span])
-                return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
+        def read(block: torch.Tensor, span: slice) -> torch.Tensor:
+            block = block if finish is None else finish(block, held.positions[:, :, span])
+            if rope is None or rank is None:
+                return block
+            return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
 
         if codec.exact:
             values = held.streams["values"]
             return attention(queries, keys, values, positions, held.positions, layer, first, sums)
-        coded = Coded(codec, xp, layer, held.streams, finish)
+        coded = Coded(
+            codec,
+            xp,
+            layer,
+            held.streams,
+            None if finish is None and rope is None else read,
+            tables=held.tables,
+        )
+        place = None if exact is None or not sums else exact.place
         return coded_attention(
-            queries, keys, new["values"], coded, positions, held.positions, layer, first, sums
+            queries, keys, values, coded, positions, at, held.positions, layer, first, before - ring, place
         )
 
     def _mixed_in_pages(
-        self, held: PagedLayer, queries: torch.Tensor, new: dict[str, torch.Tensor], position: torch.Tensor,
-        cache: TorchCache, bias: Bias | None,
+        self, held: PagedLayer, queries: torch.Tensor, new: dict[Side, torch.Tensor], exact: Exact | None,
+        position: torch.Tensor, cache: TorchCache, finish: Finish | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """`_mixed` for one token per row and heads of different lengths."""
         layer, (streams, positions, owner) = held.spec, held.paged()
-        if not held.codec.exact:
-            owner_of = owner.to(torch.int64)
-            mine = position[owner_of // layer.kv_heads]
-            mine = ((positions == mine) & (mine >= 0))[..., None]
+        if exact is not None:
+            # What is exact is taken as it is; of the tokens of the call also the keys, which need no `finish`.
+            place, ring = held.run(exact.place, -1).view(positions.shape), held.codec.recent
+            lane = owner.to(torch.int64)[:, None]
             for side in SIDES:
-                own = widened(new[side]).flatten(0, 1)[owner_of]
-                old = decoded(held.codec, xp, parts_of(streams, side), side, own.dtype)
-                if bias is not None and side == "keys":
-                    each = bias(positions[:, None].expand(-1, layer.kv_heads, -1))
-                    old = old + each[torch.arange(len(owner_of)), owner_of % layer.kv_heads]
-                streams[side] = torch.where(mine, own, old)
+                parts = paged_parts(held.codec, xp, streams, held.tables, owner, side)
+                x = decoded(held.codec, xp, parts, side, torch.promote_types(self.kind, torch.float32))
+                own = exact.vectors[side].flatten(0, 1)[lane, place.clamp(min=0)]
+                x = torch.where((place >= 0)[..., None], widened(own), x)
+                if finish is not None and side == "keys":
+                    x = self._finished_pages(finish, x, positions, owner, layer)
+                    fresh = new["keys"].flatten(0, 1)[lane[:, 0]]
+                    x = torch.where((place >= ring)[..., None], widened(fresh), x)
+                streams[side] = x
         keys = streams["keys"]
         if layer.rope is not None and cache.policy.repositions:
             rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
@@ -423,6 +493,14 @@ class TorchModel(Model):
             queries, keys, streams["values"], position, positions, owner, layer, cache.policy.needs.sums
         )
         return mixed, None if sums is None else held.shown(sums)
+
+    def _finished_pages(
+        self, finish: Finish, keys: torch.Tensor, positions: torch.Tensor, owner: torch.Tensor, layer: Layer
+    ) -> torch.Tensor:
+        """`finish` of keys in pages [pages size head_dim], each of one head."""
+        number = owner.to(torch.int64) % layer.kv_heads
+        every = (x[:, None].expand(-1, layer.kv_heads, *x.shape[1:]) for x in (keys, positions))
+        return finish(*every)[torch.arange(len(owner), device=owner.device), number]
 
     def _rest(
         self, block: DecoderLayer, index: int, x: torch.Tensor, y: torch.Tensor, tap: Tap = no_tap
@@ -519,6 +597,10 @@ class TorchModel(Model):
             if saved.queries is not None and saved.query_positions is not None:
                 layer.queries = to_torch(saved.queries, self.kind, self.device)
                 layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
+            layer.tables = {
+                key: to_torch(value, layer.tables[key].dtype, self.device)
+                for key, value in saved.tables.items()
+            }
             layer.fill = layer.used = layer.slots
         cache.bind()
         cache.settle()

@@ -47,6 +47,7 @@ class PagedLayer(HeldLayer):
     heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
+    tables: dict[str, Shaped[torch.Tensor, "batch kv_heads rows _"]]
     layout: Pages
     slots: int
     used: int
@@ -165,7 +166,7 @@ def opened(layer: LayerCache | PagedLayer) -> LayerCache:
         return layer
     return LayerCache(
         layer.spec, layer.codec, layer.limit, layer.budget, dict(layer.streams), layer.positions, dict(layer.memory),
-        layer.heads, layer.queries, layer.query_positions, fill=layer.used, used=layer.used,
+        layer.heads, layer.queries, layer.query_positions, layer.tables, fill=layer.used, used=layer.used,
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def closed(layer: LayerCache, layout: Pages, least: Int[torch.Tensor, "batch kv_
     made = PagedLayer(
         layer.spec, layer.codec, layer.limit, layer.budget, {}, layer.positions.flatten()[:0], {},
         first_places(xp, room, layout), count, layer.heads, layer.queries, layer.query_positions,
-        layout, layer.slots, layer.used,
+        layer.tables, layout, layer.slots, layer.used,
     )  # fmt: skip
     made.put(layer.streams, layer.positions, layer.memory)
     return made

@@ -11,7 +11,7 @@ not see it. The bias at a position is exact, also in channels that rotate fast, 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
@@ -53,6 +53,38 @@ class Unbias(Codec):
 
     def joint(self, layer: Layer) -> bool:
         return self.codec.joint(layer)
+
+    @property
+    def recent(self) -> int:
+        return self.codec.recent
+
+    @property
+    def together(self) -> int:
+        return self.codec.together
+
+    @property
+    def regroups(self) -> bool:
+        return self.codec.regroups
+
+    @property
+    def unrotated(self) -> bool:
+        return self.codec.unrotated
+
+    @property
+    def queries(self) -> int:
+        return self.codec.queries
+
+    def encode_group(
+        self,
+        xp: Namespace,
+        x: Float[Array, "*axes tokens width"],
+        filled: Bool[Array, "*axes tokens"],
+        queries: Float[Array, "*axes newest width"] | None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        return self.codec.encode_group(xp, x, filled, queries)
+
+    def group_bits(self, width: int, itemsize: int) -> float:
+        return self.codec.group_bits(width, itemsize)
 
     def unfit(self, layer: Layer) -> str | None:
         return self.codec.unfit(layer)
