@@ -100,7 +100,7 @@ class Codec(ABC):
         xp: Namespace,
         x: Float[Array, "*axes tokens width"],
         filled: Bool[Array, "*axes tokens"],
-        queries: Float[Array, "*axes newest width"] | None,
+        queries: Float[Array, "*#axes newest width"] | None,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The parts [*axes tokens n], among them `codes`, and [*axes n] of a group of keys; `read` is given both, the
         latter once for each token. Where `filled` is False the last key is repeated; where there are no queries yet,

@@ -259,8 +259,8 @@ def _coded(
         f"keys.{key}": xp.where(due[..., None], take_slots(xp, part, index), keys[f"keys.{key}"])
         for key, part in own.items()
     }
-    number = xp.where(due, living[..., None] + nth // size, xp.where(kept, row, -1))
-    made[ROW] = xp.astype(number, xp.int16)[..., None]
+    row = xp.where(due, living[..., None] + nth // size, xp.where(kept, row, -1))
+    made[ROW] = xp.astype(row, xp.int16)[..., None]
 
     added = _groups(count, size)
     total = living + added
@@ -281,9 +281,13 @@ def _coded(
             )
         fresh = xp.where(here < total[..., None], fresh, -1)
         tables[f"keys.{key}"] = keep(xp, xp.concat([table, part], axis=2), fresh, 0)
-        if part.dtype not in (xp.int8, xp.uint8, xp.int16, xp.int32):
-            real = xp.arange(part.shape[2], dtype=xp.int32, device=device(positions)) < added[..., None]
-            wrong = wrong | ~xp.all(xp.isfinite(part) | ~real[..., None], axis=(0, 2, 3))
+    for parts, number in ((own, count), (shared, added)):
+        for part in parts.values():
+            if part.dtype not in (xp.int8, xp.uint8, xp.int16, xp.int32):
+                beyond = (
+                    xp.arange(part.shape[2], dtype=xp.int32, device=device(positions)) >= number[..., None]
+                )
+                wrong = wrong | ~xp.all(xp.isfinite(part) | beyond[..., None], axis=(0, 2, 3))
 
     # Those of the newest tokens that are coded now read as their codes do.
     last = count[..., None] - recent + xp.arange(recent, dtype=xp.int32, device=device(positions))

@@ -364,7 +364,7 @@ class ReferenceModel(Model):
                 each, once = codec.encode_group(
                     xp, x, np.ones(len(own), bool), queries.astype(np.float32) if codec.queries else None
                 )
-                if not all(np.isfinite(part).all() for part in [x, *once.values()]):
+                if not all(np.isfinite(part).all() for part in [x, *each.values(), *once.values()]):
                     unfit = [np.zeros(one.kv_heads, bool) for one in self.spec.layers]
                     unfit[index][which] = True
                     raise refused(codec, unfit)

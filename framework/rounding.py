@@ -8,7 +8,7 @@ passes over NaN. What codes depend on is written so that none of it matters.
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
-from framework.arrays import Array, Namespace
+from framework.arrays import Array, Namespace, device
 
 
 def half(xp: Namespace, x: Float[Array, "*axes"]) -> Float16[Array, "*axes"]:
@@ -31,6 +31,18 @@ def quotient(xp: Namespace, x: Float[Array, "*axes"], by: Float[Array, "*#axes"]
     """`x / by`, rounded once; 0 where `x` is 0."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         return x / xp.where(x == 0, 1.0, by)  # a choice for each number is not the same along any axis
+
+
+def total(xp: Namespace, x: Float[Array, "*axes tokens width"]) -> Float[Array, "*axes width"]:
+    """The sum over the tokens, in one order everywhere: half is added to half, and zeros behind change nothing."""
+    count = x.shape[-2]
+    size = 1 << max(count - 1, 0).bit_length()
+    more = xp.zeros((*x.shape[:-2], size - count, x.shape[-1]), dtype=x.dtype, device=device(x))
+    x = xp.concat([rounded(xp, x), more], axis=-2)
+    while size > 1:
+        size //= 2
+        x = x[..., :size, :] + x[..., size:, :]
+    return x[..., 0, :]
 
 
 def byte_float(

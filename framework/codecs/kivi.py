@@ -62,7 +62,7 @@ class Kivi(Codec):
         xp: Namespace,
         x: Float[Array, "*axes tokens width"],
         filled: Bool[Array, "*axes tokens"],
-        queries: Float[Array, "*axes newest width"] | None,
+        queries: Float[Array, "*#axes newest width"] | None,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         codes, scale, low = encode(xp, x, self.bits, -2)
         return {"codes": pack(xp, codes, self.bits)}, {

@@ -79,7 +79,7 @@ class Unbias(Codec):
         xp: Namespace,
         x: Float[Array, "*axes tokens width"],
         filled: Bool[Array, "*axes tokens"],
-        queries: Float[Array, "*axes newest width"] | None,
+        queries: Float[Array, "*#axes newest width"] | None,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         return self.codec.encode_group(xp, x, filled, queries)
 
