@@ -30,7 +30,7 @@ from framework.errors import KvtwinError
 from framework.tokenizer import Tokenizer
 
 FULL = "full()"
-CODECS = (FULL, "exl2_q8()", "exl2_q6()", "exl2_q4()")
+CODECS = (FULL, "exl2_q8()", "exl2_q6()", "exl2_q4()", "kivi(bits=4, residual=32)")
 USUAL = {"pair_rescale": CODECS, "key_bias": (*CODECS, "unbias(codec=exl2_q4())")}
 REWRITES = {"pair_rescale": pair_rescale, "key_bias": key_bias}
 STRENGTHS = {

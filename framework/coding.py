@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from framework.arrays import Array, Namespace, device, take_slots
 from framework.codec import Codec, Side, codecs, decoded
 from framework.errors import KvtwinError
-from framework.groups import EXACT, Exact, Tables, of_groups, unfilled, with_a_row, with_rows
+from framework.groups import EXACT, Exact, Tables, rows_of, unfilled, with_rows
 from framework.policy import Policy, policies
 from framework.spec import Layer, ModelSpec, Stream
 
@@ -141,11 +141,7 @@ def paged_parts(
     if side == "values" or not codec.together:
         return parts
     row = xp.astype(parts.pop("row")[..., 0], xp.int32)
-    for key, table in of_groups(tables).items():
-        table = with_a_row(xp, table)
-        index = owner[:, None] * table.shape[2] + xp.where(row < 0, 0, row)
-        parts[key.removeprefix("keys.")] = xp.reshape(table, (-1, table.shape[-1]))[index]
-    return parts
+    return parts | rows_of(xp, tables, row, owner[:, None])
 
 
 def uncoded(

@@ -154,18 +154,29 @@ def parts_of_keys(streams: Mapping[str, Array]) -> dict[str, Array]:
 def with_rows(xp: Namespace, parts: Parts, tables: Tables) -> dict[str, Array]:
     """The parts of keys [batch kv_heads slots n] with those that their groups have once; `row` is left out."""
     row = xp.astype(parts["row"][..., 0], xp.int32)
-    found = {key: x for key, x in parts.items() if key != "row"}
+    owner = xp.reshape(
+        xp.arange(row.shape[0] * row.shape[1], dtype=xp.int32, device=device(row)), (*row.shape[:2], 1)
+    )
+    return {key: x for key, x in parts.items() if key != "row"} | rows_of(xp, tables, row, owner)
+
+
+def rows_of(
+    xp: Namespace, tables: Tables, row: Int[Array, "*axes"], owner: Int[Array, "*#axes"]
+) -> dict[str, Shaped[Array, "*axes _"]]:
+    """Of the tables with a row for each group those that `row` names, the first one where it is -1.
+
+    `owner` numbers the heads of all rows of the batch.
+    """
+    found = {}
     for key, x in of_groups(tables).items():
-        found[key.removeprefix("keys.")] = take_slots(xp, with_a_row(xp, x), row)
+        count, width = max(1, x.shape[2]), x.shape[3]
+        if not x.shape[2]:  # nothing is coded yet
+            x = xp.zeros((*x.shape[:2], 1, width), dtype=x.dtype, device=device(x))
+        index = xp.reshape(owner * count + xp.where(row < 0, 0, row), (-1,))
+        # Whole rows of one long table: a gather of numbers would be many times slower.
+        taken = xp.take(xp.reshape(x, (-1, width)), index, axis=0)
+        found[key.removeprefix("keys.")] = xp.reshape(taken, (*row.shape, width))
     return found
-
-
-def with_a_row(
-    xp: Namespace, table: Shaped[Array, "batch kv_heads rows n"]
-) -> Shaped[Array, "batch kv_heads _ n"]:
-    """The table, with one row of zeros where it has none, for reading what is not coded yet."""
-    shape = (*table.shape[:2], 1, table.shape[3])
-    return table if table.shape[2] else xp.zeros(shape, dtype=table.dtype, device=device(table))
 
 
 def of_groups(tables: Tables) -> dict[str, Array]:

@@ -20,7 +20,7 @@ SPEC = ModelSpec(
     family="llama", vocab=8192, dim=512, ffn=1408, layers=(LAYER,) * 4, norm_eps=1e-6, positions=16384
 )
 TOKENS, STEPS, ROUNDS = 8192, 16, 7
-CODECS = ("int8()", "fp8()", "exl2_q4()", "exl2_q8()", "exl3()")
+CODECS = ("int8()", "fp8()", "exl2_q4()", "exl2_q8()", "exl3()", "kivi(bits=4)", "kvquant()")
 
 
 @pytest.fixture(scope="module", params=["torch", "flax"])
