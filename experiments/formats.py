@@ -60,7 +60,7 @@ def entry(codec: Codec) -> Entry:
     errors = [noise_error(codec, noise, side) for side in SIDES]
     stores = (inspect.getdoc(sys.modules[type(codec).__module__]) or "").splitlines()[0].rstrip(".")
     sizes = tuple(_size(codec, model) for model in MODELS)
-    return Entry(codecs.spelling(codec), stores, _pair(bits, "g"), _pair(errors, ".3g"), sizes)
+    return Entry(codecs.spelling(codec), stores, _pair(bits, ".4g"), _pair(errors, ".3g"), sizes)
 
 
 def noise_error(codec: Codec, x: np.ndarray, side: Side) -> float:
@@ -87,7 +87,7 @@ def _size(codec: Codec, model: str) -> str:
     spec = open_architecture(model).spec
     if any(codec.unfit(layer) for layer in spec.layers):
         return "-"
-    return f"{per_token(spec, codec, ITEMSIZE).kv / 1024:.10g}"
+    return f"{per_token(spec, codec, ITEMSIZE).kv / 1024:.7g}"
 
 
 def _pair(values: list[float], style: str) -> str:
