@@ -141,6 +141,8 @@ def _column(
     xp: Namespace, positions: Int[Array, "batch heads slots"], call: Call
 ) -> Int[Array, "batch heads slots"]:
     """The column of a call's tokens in which the token of a position stands; anything for older ones."""
+    if call.positions.shape[1] == 1:
+        return xp.zeros_like(positions)
     order = xp.argsort(xp.where(call.positions < 0, FAR, call.positions), axis=-1)
     order = xp.broadcast_to(order[:, None], (*positions.shape[:2], order.shape[1]))
     return take_slots(xp, order, xp.clip(positions - call.before[:, None, None], 0, order.shape[-1] - 1))
@@ -264,7 +266,7 @@ def _coded(
     own, shared = codec.encode_group(xp, xp.reshape(x, (*shape, x.shape[-1])), full, queries)
     own = {key: xp.reshape(part, (*x.shape[:3], part.shape[-1])) for key, part in own.items()}
 
-    nth = xp.astype(xp.argsort(order, axis=-1), xp.int32)
+    nth = inverse(xp, order)
     index = xp.clip(nth, 0, places.shape[0] - 1)
     made = {
         f"keys.{key}": xp.where(due[..., None], take_slots(xp, part, index), keys[f"keys.{key}"])
@@ -330,11 +332,14 @@ def _numbered(xp: Namespace, row: Array, coded: Array) -> tuple[Array, Array, Ar
     first = (ranked != before) & (ranked < FAR)
     number = xp.cumulative_sum(xp.astype(first, xp.int32), axis=-1, dtype=xp.int32)
     living = number[..., -1] if number.shape[-1] else xp.sum(number, axis=-1, dtype=xp.int32)
-    return (
-        take_slots(xp, number - 1, xp.argsort(order, axis=-1)),
-        xp.sort(xp.where(first, ranked, FAR), axis=-1),
-        living,
-    )
+    origin = spread(xp, row.shape[-1], xp.where(first, number - 1, -1), ranked, FAR)
+    return take_slots(xp, number - 1, inverse(xp, order)), origin, living
+
+
+def inverse(xp: Namespace, order: Int[Array, "batch kv_heads n"]) -> Int[Array, "batch kv_heads n"]:
+    """Where each index stands in a permutation."""
+    here = xp.arange(order.shape[-1], dtype=xp.int32, device=device(order))
+    return spread(xp, order.shape[-1], order, xp.broadcast_to(here, order.shape), -1)
 
 
 def asked(policy: Policy, codec: Codec) -> int:
