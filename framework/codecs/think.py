@@ -60,7 +60,9 @@ class Think(Codec):
         score = total(xp, xp.where(filled[..., None], x * x, 0.0))
         asked = total(xp, queries * queries)
         asked = xp.where(xp.max(asked, axis=-1, keepdims=True) > 0, asked, 1.0)
-        place = xp.argsort(xp.argsort(-(score * asked), axis=-1, stable=True), axis=-1)
+        score = score * asked
+        score = xp.where(xp.isnan(score), xp.inf, score)  # kept, so that it shows
+        place = xp.argsort(xp.argsort(-score, axis=-1, stable=True), axis=-1)
         kept = place < self.channels
         width = x.shape[-1]
         here = xp.arange(width, device=device(x))
