@@ -69,13 +69,14 @@ def fixed_rows(codec: Codec, key: str) -> int | None:
 
 
 def most_rows(codec: Codec, slots: int, evicts: bool) -> int:
-    """Rows that the groups of a head with this many slots cannot exceed."""
+    """Rows that the groups of a head with this many slots cannot exceed once keys of it are coded; until then it may
+    have as many as before."""
     if not codec.together:
         return 0
     if codec.regroups:
         return min(slots, 2 * -(-slots // codec.together))
     # Where tokens are evicted, each may be the last of its group.
-    return slots if evicts else min(slots, slots // min(codec.together, codec.recent) + 1)
+    return slots if evicts else slots // codec.recent * _groups(codec.recent, codec.together)
 
 
 def unfilled(
@@ -206,7 +207,7 @@ def recoded(
     """What a call leaves of a layer after its eviction: the streams of the keys, all tables, and the heads of which
     something could not be coded.
 
-    `rows`: of the tables that have one for each group; None: as many as there are groups.
+    `rows`: at least so many in the tables that have one for each group; None: as many as there are groups.
     """
     exact = exact_of(xp, codec, tables, positions, call)
     count, here = codec.recent, newest(xp, call.after, codec.recent)
@@ -217,7 +218,7 @@ def recoded(
     rest = {f"{side}{EXACT}": take_slots(xp, x, index) for side, x in exact.vectors.items()}
     keys = {key: x for key, x in streams.items() if key.startswith("keys.")}
     state = keys, {**tables, **rest}, xp.zeros(positions.shape[1], dtype=xp.bool, device=device(positions))
-    if not codec.together or not call.due:
+    if not codec.together or not call.due or not positions.shape[2]:
         return state
     return _coded(xp, codec, *state[:2], positions, exact, call, rows)
 
@@ -254,9 +255,8 @@ def _coded(
     x = xp.astype(take_slots(xp, source, take_slots(xp, exact.place, chosen)), xp.float32)
     if codec.regroups:
         before = with_rows(xp, parts_of_keys(keys), tables)
-        x = xp.where(
-            take_slots(xp, old, chosen)[..., None], take_slots(xp, codec.read(xp, before, "keys"), chosen), x
-        )
+        seen = decoded(codec, xp, before, "keys", xp.float32)
+        x = xp.where(take_slots(xp, old, chosen)[..., None], take_slots(xp, seen, chosen), x)
     shape = (*x.shape[:2], -1, size)
     queries = None
     if codec.queries and call.queries is not None:
@@ -277,7 +277,9 @@ def _coded(
 
     added = _groups(count, size)
     total = living + added
-    rows = int(xp.max(total)) if rows is None else rows
+    held = max((x.shape[2] for x in of_groups(tables).values()), default=0)
+    # A head of which nothing is coded now may have kept more groups than `most_rows`, but not more than tokens.
+    rows = int(xp.max(total)) if rows is None else max(rows, min(slots, held))
     if rows > MOST_ROWS:
         raise KvtwinError(
             f"the keys of a head lie in {rows} groups; expected at most {MOST_ROWS}: take larger groups"
@@ -318,7 +320,7 @@ def _coded(
     return made, tables, wrong
 
 
-def _groups(count: Array, size: int) -> Array:
+def _groups(count: Any, size: int) -> Any:
     """Groups of this many tokens."""
     return (count + size - 1) // size
 
