@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from framework.codec import codecs
+from framework.codecs.kivi import Kivi
 from framework.errors import KvtwinError
+from framework.min_max import encode, read
 from framework.packing import unpack
 from tests.libraries import LIBRARIES, everywhere, same_bytes
 
