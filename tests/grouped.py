@@ -42,7 +42,7 @@ class Fifths(Codec):
         low = xp.min(x, axis=-2, keepdims=True)
         step = (xp.max(x, axis=-2, keepdims=True) - low) * 0.25
         codes = xp.round((x - low) / xp.where(step == 0, 1.0, step))
-        count = xp.sum(xp.astype(filled, xp.int32), axis=-1)[..., None]
+        count = xp.sum(xp.astype(filled, xp.int32), axis=-1, dtype=xp.int32)[..., None]
         once = {"low": low[..., 0, :], "step": step[..., 0, :], "count": count}
         if queries is not None:
             once["asked"] = xp.broadcast_to(xp.sum(queries, axis=-2), low[..., 0, :].shape)
