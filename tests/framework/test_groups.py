@@ -262,6 +262,7 @@ def layer(seed: int) -> tuple[Fifths, dict, np.ndarray, dict, np.ndarray]:
     made, tables, _ = recoded(NUMPY, codec, streams, tables, positions, call, None)
     lost = np.random.default_rng(seed).random(positions.shape) < 0.4
     lost[..., 2:4] = True  # a whole group
+    lost[0, 0, [9, 13]] = False, True  # the row of the newest was for position 9 before
     return codec, streams | made, np.where(lost, -1, positions).astype(np.int32), tables, call.after
 
 
