@@ -31,16 +31,31 @@ def pack(xp: Namespace, codes: UInt8[Array, "*axes count"], bits: int) -> UInt8[
     return made[0] if len(made) == 1 else xp.concat(made, axis=-1)
 
 
+def pieces(xp: Namespace, packed: UInt8[Array, "*axes bytes"], bits: int) -> list[UInt8[Array, "*axes n"]]:
+    """What `pack` was given, as arrays that lie side by side in it: as many as a byte of the first plane holds."""
+    widths, count = planes(bits), packed.shape[-1] * 8 // bits
+    each = count * widths[0] // 8
+    made = []
+    for piece in range(8 // widths[0]):
+        codes, low, first = None, 0, 0
+        for width in widths:
+            size, share = count * width // 8, 8 // width
+            byte = packed[..., first : first + size]
+            places = range(piece * each // size, (piece + 1) * each // size)
+            parts = [byte >> (place * width) if place else byte for place in places]
+            parts = [
+                part if place == share - 1 else part & (2**width - 1)
+                for place, part in zip(places, parts, strict=True)
+            ]
+            plane = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
+            codes = plane if codes is None else codes | (plane << low)
+            first += size
+            low += width
+        made.append(codes)
+    return made
+
+
 def unpack(xp: Namespace, packed: UInt8[Array, "*axes bytes"], bits: int) -> UInt8[Array, "*axes count"]:
     """What `pack` was given."""
-    count = packed.shape[-1] * 8 // bits
-    codes, low, first = None, 0, 0
-    for width in planes(bits):
-        size = count * width // 8
-        byte = packed[..., first : first + size]
-        first += size
-        pieces = [(byte >> (place * width)) & (2**width - 1) for place in range(8 // width)]
-        plane = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-1)
-        codes = plane if codes is None else codes | (plane << low)
-        low += width
-    return codes
+    made = pieces(xp, packed, bits)
+    return made[0] if len(made) == 1 else xp.concat(made, axis=-1)

@@ -1,6 +1,8 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
+import operator
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -163,15 +165,17 @@ def _coded_block(
     turned, whole = coded.turned(q), first // SPAN
 
     def logits_of(span: tuple[Any, int]) -> jax.Array:
-        block, scale = coded.block("keys", span, total)
-        logits = jnp.einsum("bhqd,bhsd->bhqs", turned, block)
+        blocks, scale = coded.block("keys", span, total)
+        logits = reduce(
+            operator.add, [jnp.einsum("bhqd,bhsd->bhqs", turned[..., columns], k) for columns, k in blocks]
+        )
         return logits if scale is None else logits * scale[:, :, None]
 
     def mixed_of(weights: jax.Array, span: tuple[Any, int]) -> jax.Array:
-        block, scale = coded.block("values", span, total)
+        blocks, scale = coded.block("values", span, total)
         part = cut(jnp.swapaxes(weights, 2, 3), span)
         part = part if scale is None else part * scale[..., None]
-        return jnp.einsum("bhsq,bhsd->bhqd", part, block)
+        return jnp.concatenate([jnp.einsum("bhsq,bhsd->bhqd", part, v) for _, v in blocks], axis=3)
 
     pieces = [jnp.einsum("bhqd,bhtd->bhqt", q, keys.astype(total))]
     if first % SPAN:

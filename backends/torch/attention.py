@@ -1,5 +1,9 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
+import operator
+from functools import reduce
+from itertools import pairwise
+
 import array_api_compat.torch as xp
 import torch
 from jaxtyping import Float, Int
@@ -137,12 +141,14 @@ def _coded_block(
     """`coded_attention` of a few queries; `key_positions` are those of the coded slots and then of the new tokens."""
     batch, kv_heads, group, tokens, head_dim = queries.shape
     exact, wide = widened(values), widened(values[:0]).dtype
-    spans = [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]
+    count = max(1, round(first / SPAN))  # of about equal length
+    bounds = [first * each // count for each in range(count + 1)]
+    spans = [slice(*each) for each in pairwise(bounds)]
     q = widened(queries).reshape(batch, kv_heads, -1, head_dim)
     turned, pieces = coded.turned(q), []
     for span in spans:
-        block, scale = coded.block("keys", span, wide)
-        piece = turned @ block.transpose(-1, -2)
+        blocks, scale = coded.block("keys", span, wide)
+        piece = reduce(operator.add, [turned[..., columns] @ k.transpose(-1, -2) for columns, k in blocks])
         pieces.append(piece if scale is None else piece * scale[:, :, None])
     logits = torch.cat([*pieces, q @ widened(keys).transpose(-1, -2)], dim=3) * layer.scale
     if layer.softcap is not None:
@@ -152,9 +158,10 @@ def _coded_block(
     weights = softmax(xp, logits, mask)
     total = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, exact.shape[-1])
     for span in spans:
-        block, scale = coded.block("values", span, wide)
+        blocks, scale = coded.block("values", span, wide)
         part = weights[..., span]
-        total = total + (part if scale is None else part * scale[:, :, None]) @ block
+        part = part if scale is None else part * scale[:, :, None]
+        total = total + torch.cat([part @ v for _, v in blocks], dim=3)
     mixed = coded.returned(total) + weights[..., first:] @ exact
     shape = (batch, kv_heads, group, tokens, exact.shape[-1])
     return mixed.to(queries.dtype).reshape(shape), weights.sum(dim=2) / group
