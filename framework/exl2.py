@@ -91,8 +91,7 @@ class Exl2(Codec):
         *axes, groups, _ = scales.shape
         made = []
         for codes in pieces(xp, xp.reshape(parts["codes"], (*axes, groups, GROUP * bits // 8)), bits):
-            x = xp.astype(codes, xp.float32)
-            x -= 2.0 ** (bits - 1)
+            x = xp.astype((codes - 2 ** (bits - 1)).view(xp.int8), xp.float32)  # what is below 0 comes round
             x *= scales
             made.append(xp.reshape(x, (*axes, groups * codes.shape[-1])))
         return made

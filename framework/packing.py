@@ -20,7 +20,7 @@ def pack(xp: Namespace, codes: UInt8[Array, "*axes count"], bits: int) -> UInt8[
     """Codes below 2^bits, count * bits / 8 bytes; the count is a multiple of 8 unless `bits` is 2, 4 or 8."""
     made, low = [], 0
     for width in planes(bits):
-        plane = (codes >> low) & (2**width - 1)
+        plane = codes if width == bits else (codes >> low) & (2**width - 1)
         share = 8 // width
         size = codes.shape[-1] // share
         byte = plane[..., :size]
@@ -40,13 +40,11 @@ def pieces(xp: Namespace, packed: UInt8[Array, "*axes bytes"], bits: int) -> lis
         codes, low, first = None, 0, 0
         for width in widths:
             size, share = count * width // 8, 8 // width
-            byte = packed[..., first : first + size]
-            places = range(piece * each // size, (piece + 1) * each // size)
-            parts = [byte >> (place * width) if place else byte for place in places]
-            parts = [
-                part if place == share - 1 else part & (2**width - 1)
-                for place, part in zip(places, parts, strict=True)
-            ]
+            byte = packed if width == bits else packed[..., first : first + size]
+            parts = []
+            for place in range(piece * each // size, (piece + 1) * each // size):
+                part = byte >> (place * width) if place else byte
+                parts.append(part if place == share - 1 else part & (2**width - 1))
             plane = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
             codes = plane if codes is None else codes | (plane << low)
             first += size

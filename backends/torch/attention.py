@@ -154,15 +154,16 @@ def _coded_block(
     if layer.softcap is not None:
         logits = torch.tanh(logits / layer.softcap) * layer.softcap
     mask = attends(query_positions[:, None, :, None], key_positions[:, :, None], layer.window)
-    mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
-    weights = softmax(xp, logits, mask)
-    total = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, exact.shape[-1])
+    mask = mask if tokens == 1 else mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
+    # Fewer operations than `softmax`: a row without any slot is uniform, and then 0.
+    weights = torch.where(mask, logits, torch.finfo(wide).min).softmax(-1) * mask
+    totals = []
     for span in spans:
         blocks, scale = coded.block("values", span, wide)
         part = weights[..., span]
         part = part if scale is None else part * scale[:, :, None]
-        total = total + torch.cat([part @ v for _, v in blocks], dim=3)
-    mixed = coded.returned(total) + weights[..., first:] @ exact
+        totals.append(torch.cat([part @ v for _, v in blocks], dim=3))
+    mixed = coded.returned(reduce(operator.add, totals)) + weights[..., first:] @ exact
     shape = (batch, kv_heads, group, tokens, exact.shape[-1])
     return mixed.to(queries.dtype).reshape(shape), weights.sum(dim=2) / group
 

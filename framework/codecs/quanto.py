@@ -72,15 +72,18 @@ class Quanto(Codec):
         if count % self.group and self.group % count:  # a group begins or ends within a piece
             codes = [xp.concat(codes, axis=-1)]
             count = codes[0].shape[-1]
-        made, size = [], min(count, self.group)
+        made, groups = [], max(1, count // self.group)
         for number, piece in enumerate(codes):
             first = number * count // self.group
-            mine = slice(first, first + count // size)
-            x = xp.astype(xp.reshape(piece, (*piece.shape[:-1], count // size, size)), xp.float32)
-            x *= scales[..., mine, None]
+            scale, shift = (each[..., first : first + groups] for each in (scales, shifts))
+            x = xp.astype(piece, xp.float32)
+            if groups > 1:
+                x = xp.reshape(x, (*piece.shape[:-1], groups, self.group))
+                scale, shift = scale[..., None], shift[..., None]
+            x *= scale
             x = rounded(xp, x)
-            x -= shifts[..., mine, None]
-            made.append(xp.reshape(x, piece.shape))
+            x -= shift
+            made.append(x if groups == 1 else xp.reshape(x, piece.shape))
         return made
 
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
