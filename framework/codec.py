@@ -46,6 +46,13 @@ class Codec(ABC):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         """The vectors in float32, before `scale` and `turn`."""
 
+    def pieces(self, xp: Namespace, parts: Parts, side: Side) -> list[Float[Array, "*axes n"]]:
+        """What `read` gives, number for number, as arrays that lie side by side in it.
+
+        Attention multiplies each by its own part of the queries: what is unpacked in pieces need not be joined.
+        """
+        return [self.read(xp, parts, side)]
+
     def scale(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes"] | None:
         """A factor per vector, float32; None for 1."""
         return None

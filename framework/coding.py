@@ -7,6 +7,7 @@ for the policy at once, they are what the codec gives back. Under a codec that k
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat.numpy
@@ -210,26 +211,32 @@ class Coded:
     take: Callable[[Array, Any], Array] = lambda x, span: x[:, :, span]
     tables: Tables = field(default_factory=dict)
 
-    def block(self, side: Side, span: Any, dtype: Any) -> tuple[Array, Array | None]:
-        """Vectors of these slots [batch kv_heads slots width], and their factors [batch kv_heads slots] (None: 1)."""
+    def block(self, side: Side, span: Any, dtype: Any) -> tuple[list[tuple[slice, Array]], Array | None]:
+        """Vectors of these slots, in pieces [batch kv_heads slots n], each with the columns that it is; and their
+        factors [batch kv_heads slots] (None: 1)."""
         streams = {key: self.take(value, span) for key, value in self.streams.items() if key.startswith(side)}
         parts = parts_at(self.codec, self.xp, streams, self.tables, side)
         if not self._whole(side):
-            x, scale = self.codec.read(self.xp, parts, side), self.codec.scale(self.xp, parts, side)
-            return self.xp.astype(x, dtype), None if scale is None else self.xp.astype(scale, dtype)
+            pieces, first = [], 0
+            for x in self.codec.pieces(self.xp, parts, side):
+                pieces.append((slice(first, first + x.shape[-1]), self.xp.astype(x, dtype, copy=False)))
+                first += x.shape[-1]
+            scale = self.codec.scale(self.xp, parts, side)
+            return pieces, None if scale is None else self.xp.astype(scale, dtype)
         x = decoded(self.codec, self.xp, parts, side, dtype)
         x = apart(self.xp, x, self.layer.kv_heads) if self._joint else x
-        return (x if self.finish is None or side == "values" else self.finish(x, span)), None
+        x = x if self.finish is None or side == "values" else self.finish(x, span)
+        return [(slice(None), x)], None
 
     def turned(self, queries: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes head_dim"]:
         """Queries in the basis of the keys' blocks."""
-        turn = self._turn("keys")
-        return queries if turn is None else self.xp.matmul(queries, self._matrix(turn.T, queries))
+        turn = self._turn("keys", queries)
+        return queries if turn is None else self.xp.matmul(queries, turn)
 
     def returned(self, mixed: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
         """Mixed values in the model's own basis."""
-        turn = self._turn("values")
-        return mixed if turn is None else self.xp.matmul(mixed, self._matrix(turn, mixed))
+        turn = self._turn("values", mixed)
+        return mixed if turn is None else self.xp.matmul(mixed, turn)
 
     @property
     def _joint(self) -> bool:
@@ -239,8 +246,14 @@ class Coded:
         """True: a block is decoded before it is used, since queries cannot take the turn over."""
         return self._joint or (side == "keys" and self.finish is not None)
 
-    def _turn(self, side: Side) -> np.ndarray | None:
-        return None if self._whole(side) else self.codec.turn(self.layer.head_dim, side)
+    def _turn(self, side: Side, like: Array) -> Array | None:
+        """What brings queries into the basis of the keys, or mixed values out of theirs."""
+        turn = None if self._whole(side) else _turn(self.codec, self.layer.head_dim, side)
+        return None if turn is None else self.xp.asarray(turn, dtype=like.dtype, device=device(like))
 
-    def _matrix(self, turn: np.ndarray, like: Array) -> Array:
-        return self.xp.asarray(np.ascontiguousarray(turn), dtype=like.dtype, device=device(like))
+
+@lru_cache(maxsize=64)
+def _turn(codec: Codec, width: int, side: Side) -> np.ndarray | None:
+    """The turn of the values; of the keys that of the queries, its transpose."""
+    turn = codec.turn(width, side)
+    return turn if turn is None or side == "values" else np.ascontiguousarray(turn.T)

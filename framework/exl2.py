@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float16
 from framework.arrays import Array, Namespace, when
 from framework.codec import Codec, Parts, Side
 from framework.hadamard import blockwise, matrix, transform
-from framework.packing import pack, unpack
+from framework.packing import pack, pieces
 from framework.rounding import half, largest, quotient
 from framework.spec import Layer
 
@@ -82,18 +82,26 @@ class Exl2(Codec):
         return xp.reshape(xp.broadcast_to(finite[..., None], (*axes, count, 2)), (*axes, 2 * count))
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
-        """The rotated numbers; of 4 bits, in each group those at even places come before those at odd ones."""
-        bits, scales = self._bits(side), parts["scales"]
-        packed = xp.reshape(parts["codes"], (*scales.shape, GROUP * bits // 8))
-        codes = xp.astype(unpack(xp, packed, bits), xp.float32) - 2.0 ** (bits - 1)
-        groups = codes * xp.astype(scales, xp.float32)[..., None]
-        return xp.reshape(groups, (*scales.shape[:-1], scales.shape[-1] * GROUP))
+        """The rotated numbers; of 4 bits, those at even places of all groups come before those at odd ones."""
+        made = self.pieces(xp, parts, side)
+        return made[0] if len(made) == 1 else xp.concat(made, axis=-1)
+
+    def pieces(self, xp: Namespace, parts: Parts, side: Side) -> list[Float[Array, "*axes n"]]:
+        bits, scales = self._bits(side), xp.astype(parts["scales"], xp.float32)[..., None]
+        *axes, groups, _ = scales.shape
+        made = []
+        for codes in pieces(xp, xp.reshape(parts["codes"], (*axes, groups, GROUP * bits // 8)), bits):
+            x = xp.astype((codes - 2 ** (bits - 1)).view(xp.int8), xp.float32)  # what is below 0 comes round
+            x *= scales
+            made.append(xp.reshape(x, (*axes, groups * codes.shape[-1])))
+        return made
 
     def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"]:
         span = np.kron(matrix(2 * LANES), np.eye(2, dtype=np.float32)) / (2 * LANES)
+        made = blockwise(span, width)
         if self._bits(side) == 4:
-            span = span.reshape(2, LANES, 2, SPAN).swapaxes(1, 2).reshape(SPAN, SPAN)
-        return blockwise(span, width)
+            made = np.moveaxis(made.reshape(-1, LANES, 2, width), -2, 0).reshape(width, width)
+        return made
 
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(width * self._bits(side)), 16.0 * width / GROUP

@@ -20,7 +20,7 @@ def pack(xp: Namespace, codes: UInt8[Array, "*axes count"], bits: int) -> UInt8[
     """Codes below 2^bits, count * bits / 8 bytes; the count is a multiple of 8 unless `bits` is 2, 4 or 8."""
     made, low = [], 0
     for width in planes(bits):
-        plane = (codes >> low) & (2**width - 1)
+        plane = codes if width == bits else (codes >> low) & (2**width - 1)
         share = 8 // width
         size = codes.shape[-1] // share
         byte = plane[..., :size]
@@ -31,16 +31,29 @@ def pack(xp: Namespace, codes: UInt8[Array, "*axes count"], bits: int) -> UInt8[
     return made[0] if len(made) == 1 else xp.concat(made, axis=-1)
 
 
+def pieces(xp: Namespace, packed: UInt8[Array, "*axes bytes"], bits: int) -> list[UInt8[Array, "*axes n"]]:
+    """What `pack` was given, as arrays that lie side by side in it: as many as a byte of the first plane holds."""
+    widths, count = planes(bits), packed.shape[-1] * 8 // bits
+    each = count * widths[0] // 8
+    made = []
+    for piece in range(8 // widths[0]):
+        codes, low, first = None, 0, 0
+        for width in widths:
+            size, share = count * width // 8, 8 // width
+            byte = packed if width == bits else packed[..., first : first + size]
+            parts = []
+            for place in range(piece * each // size, (piece + 1) * each // size):
+                part = byte >> (place * width) if place else byte
+                parts.append(part if place == share - 1 else part & (2**width - 1))
+            plane = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
+            codes = plane if codes is None else codes | (plane << low)
+            first += size
+            low += width
+        made.append(codes)
+    return made
+
+
 def unpack(xp: Namespace, packed: UInt8[Array, "*axes bytes"], bits: int) -> UInt8[Array, "*axes count"]:
     """What `pack` was given."""
-    count = packed.shape[-1] * 8 // bits
-    codes, low, first = None, 0, 0
-    for width in planes(bits):
-        size = count * width // 8
-        byte = packed[..., first : first + size]
-        first += size
-        pieces = [(byte >> (place * width)) & (2**width - 1) for place in range(8 // width)]
-        plane = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-1)
-        codes = plane if codes is None else codes | (plane << low)
-        low += width
-    return codes
+    made = pieces(xp, packed, bits)
+    return made[0] if len(made) == 1 else xp.concat(made, axis=-1)

@@ -262,19 +262,32 @@ def test_tokens_are_taken_back(backend: str, codec: Codec) -> None:
     assert snapshot_drift(longer.roll_back(1), straight) == 0.0
 
 
-@pytest.mark.parametrize("policy", ["full()", "h2o(budget=24)"])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "policy", "codec"),
+    [
+        ("torch", "full()", TOYS[0]),
+        ("torch", "h2o(budget=24)", TOYS[0]),
+        ("torch", "full()", "quanto()"),
+        ("flax", "h2o(budget=55)", "full()"),
+        pytest.param("flax", "full()", "full()", marks=pytest.mark.slow),
+        pytest.param("flax", "full()", TOYS[0], marks=pytest.mark.slow),
+        pytest.param("flax", "h2o(budget=24)", TOYS[0], marks=pytest.mark.slow),
+        pytest.param("flax", "full()", "quanto()", marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_of_slots_and_queries_mean_nothing(
-    backend: str, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    backend: str, policy: str, codec: Codec | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Attention in short blocks, some of them not full, gives what the reference gives."""
     lengths = (61, 80, 44)
     module = getattr(backends, backend).attention
     monkeypatch.setattr(module, "SPAN", 24)
     monkeypatch.setattr(module, "BLOCK", 32)
+    if backend == "flax":
+        monkeypatch.setattr(module, "STEP", 16)
     with unchecked():
-        expected, theirs = rolling("reference", policy, TOYS[0], 3, lengths)
-        found, ours = rolling(backend, policy, TOYS[0], 3, lengths)
+        expected, theirs = rolling("reference", policy, codec, 3, lengths)
+        found, ours = rolling(backend, policy, codec, 3, lengths)
     assert max(drift(one, other) for one, other in zip(found, expected, strict=True)) <= EXACT
     assert snapshot_drift(ours, theirs) <= EXACT
 

@@ -1,5 +1,9 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
+import operator
+from functools import reduce
+from itertools import pairwise
+
 import array_api_compat.torch as xp
 import torch
 from jaxtyping import Float, Int
@@ -137,25 +141,29 @@ def _coded_block(
     """`coded_attention` of a few queries; `key_positions` are those of the coded slots and then of the exact tokens."""
     batch, kv_heads, group, tokens, head_dim = queries.shape
     exact, wide = widened(values), widened(values[:0]).dtype
-    spans = [slice(at, min(at + SPAN, first)) for at in range(0, first, SPAN)]
+    count = max(1, round(first / SPAN))  # of about equal length
+    bounds = [first * each // count for each in range(count + 1)]
+    spans = [slice(*each) for each in pairwise(bounds)]
     q = widened(queries).reshape(batch, kv_heads, -1, head_dim)
     turned, pieces = coded.turned(q), []
     for span in spans:
-        block, scale = coded.block("keys", span, wide)
-        piece = turned @ block.transpose(-1, -2)
+        blocks, scale = coded.block("keys", span, wide)
+        piece = reduce(operator.add, [turned[..., columns] @ k.transpose(-1, -2) for columns, k in blocks])
         pieces.append(piece if scale is None else piece * scale[:, :, None])
     logits = torch.cat([*pieces, q @ widened(keys).transpose(-1, -2)], dim=3) * layer.scale
     if layer.softcap is not None:
         logits = torch.tanh(logits / layer.softcap) * layer.softcap
     mask = attends(query_positions[:, None, :, None], key_positions[:, :, None], layer.window)
-    mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
-    weights = softmax(xp, logits, mask)
-    total = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, exact.shape[-1])
+    mask = mask if tokens == 1 else mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(logits.shape)
+    # Fewer operations than `softmax`: a row without any slot is uniform, and then 0.
+    weights = torch.where(mask, logits, torch.finfo(wide).min).softmax(-1) * mask
+    totals = []
     for span in spans:
-        block, scale = coded.block("values", span, wide)
+        blocks, scale = coded.block("values", span, wide)
         part = weights[..., span]
-        total = total + (part if scale is None else part * scale[:, :, None]) @ block
-    mixed = coded.returned(total) + weights[..., first:] @ exact
+        part = part if scale is None else part * scale[:, :, None]
+        totals.append(torch.cat([part @ v for _, v in blocks], dim=3))
+    mixed = coded.returned(reduce(operator.add, totals)) + weights[..., first:] @ exact
     shape = (batch, kv_heads, group, tokens, exact.shape[-1])
     return mixed.to(queries.dtype).reshape(shape), weights.sum(dim=2) / group
 

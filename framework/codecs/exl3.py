@@ -19,7 +19,7 @@ from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
 from framework.hadamard import blockwise, matrix, transform
-from framework.packing import pack, unpack
+from framework.packing import pack, pieces, planes
 from framework.rounding import half, largest, quotient, rounded
 from framework.spec import Layer
 
@@ -53,15 +53,27 @@ class Exl3(Codec):
         }
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
-        bits, scales = self._bits(side), parts["scales"]
+        """The rotated numbers, the first pieces of all groups before the second ones."""
+        made = self.pieces(xp, parts, side)
+        return made[0] if len(made) == 1 else xp.concat(made, axis=-1)
+
+    def pieces(self, xp: Namespace, parts: Parts, side: Side) -> list[Float[Array, "*axes n"]]:
+        bits = self._bits(side)
         middle = 2.0 ** (bits - 1)
-        codes = unpack(xp, xp.reshape(parts["codes"], (*scales.shape, GROUP * bits // 8)), bits)
-        step = xp.astype(scales, xp.float32) * (1 / middle)
-        groups = (xp.astype(codes, xp.float32) - (middle - 0.5)) * step[..., None]
-        return xp.reshape(groups, (*scales.shape[:-1], scales.shape[-1] * GROUP))
+        step = (xp.astype(parts["scales"], xp.float32) * (1 / middle))[..., None]
+        *axes, groups, _ = step.shape
+        made = []
+        for codes in pieces(xp, xp.reshape(parts["codes"], (*axes, groups, GROUP * bits // 8)), bits):
+            x = xp.astype(codes, xp.float32)
+            x -= middle - 0.5
+            x *= step
+            made.append(xp.reshape(x, (*axes, groups * codes.shape[-1])))
+        return made
 
     def turn(self, width: int, side: Side) -> Float[np.ndarray, "width width"]:
-        return blockwise(matrix(GROUP) * np.float32(ROOT), width)
+        each = planes(self._bits(side))[0] * GROUP // 8
+        made = blockwise(matrix(GROUP) * np.float32(ROOT), width)
+        return made.reshape(-1, GROUP // each, each, width).swapaxes(0, 1).reshape(width, width)
 
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(width * self._bits(side)), 16.0 * width / GROUP

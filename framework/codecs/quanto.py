@@ -21,7 +21,7 @@ from jaxtyping import Float
 from framework.arrays import Array, Namespace
 from framework.codec import Codec, Parts, Side
 from framework.errors import KvtwinError
-from framework.packing import pack, unpack
+from framework.packing import pack, pieces
 from framework.rounding import quotient, rounded
 from framework.spec import Layer
 
@@ -63,10 +63,28 @@ class Quanto(Codec):
         }
 
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
-        codes = unpack(xp, parts["codes"], self.bits)
-        groups = xp.astype(xp.reshape(codes, (*parts["scales"].shape, self.group)), xp.float32)
-        x = rounded(xp, groups * parts["scales"][..., None]) - parts["shifts"][..., None]
-        return xp.reshape(x, codes.shape)
+        made = self.pieces(xp, parts, side)
+        return made[0] if len(made) == 1 else xp.concat(made, axis=-1)
+
+    def pieces(self, xp: Namespace, parts: Parts, side: Side) -> list[Float[Array, "*axes n"]]:
+        codes, scales, shifts = pieces(xp, parts["codes"], self.bits), parts["scales"], parts["shifts"]
+        count = codes[0].shape[-1]
+        if count % self.group and self.group % count:  # a group begins or ends within a piece
+            codes = [xp.concat(codes, axis=-1)]
+            count = codes[0].shape[-1]
+        made, groups = [], max(1, count // self.group)
+        for number, piece in enumerate(codes):
+            first = number * count // self.group
+            scale, shift = (each[..., first : first + groups] for each in (scales, shifts))
+            x = xp.astype(piece, xp.float32)
+            if groups > 1:
+                x = xp.reshape(x, (*piece.shape[:-1], groups, self.group))
+                scale, shift = scale[..., None], shift[..., None]
+            x *= scale
+            x = rounded(xp, x)
+            x -= shift
+            made.append(x if groups == 1 else xp.reshape(x, piece.shape))
+        return made
 
     def bits_of(self, width: int, side: Side, itemsize: int) -> tuple[float, float]:
         return float(self.bits * width), 64.0 * width / self.group

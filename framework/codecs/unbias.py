@@ -42,6 +42,9 @@ class Unbias(Codec):
     def read(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes width"]:
         return self.codec.read(xp, parts, side)
 
+    def pieces(self, xp: Namespace, parts: Parts, side: Side) -> list[Float[Array, "*axes n"]]:
+        return self.codec.pieces(xp, parts, side)
+
     def scale(self, xp: Namespace, parts: Parts, side: Side) -> Float[Array, "*axes"] | None:
         return self.codec.scale(xp, parts, side)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from framework.hadamard import blockwise, matrix, transform
-from framework.packing import pack, planes, unpack
+from framework.packing import pack, pieces, planes, unpack
 
 LIBRARIES = {
     "numpy": (array_api_compat.numpy, np.asarray),
@@ -44,6 +44,9 @@ def test_codes_come_back_from_the_bytes_of_the_loop(bits, library):
     for place in np.ndindex(2, 3):
         np.testing.assert_array_equal(np.asarray(packed[place]), packed_by_bit(codes[place], bits))
     np.testing.assert_array_equal(np.asarray(unpack(xp, packed, bits)), codes)
+    apart = pieces(xp, packed, bits)
+    assert [piece.shape[-1] for piece in apart] == [5 * PLANES[bits][0]] * (8 // PLANES[bits][0])
+    np.testing.assert_array_equal(np.concatenate([np.asarray(piece) for piece in apart], axis=-1), codes)
 
 
 def butterfly(x):
