@@ -292,6 +292,11 @@ class Cache(ABC):
                 f"cannot roll back {count} tokens: tokens were evicted within them, and what is dropped is gone; "
                 "fork() before the part that may be taken back"
             )
+        if self.codec.queries:
+            raise KvtwinError(
+                f"cannot roll back under codec {codecs.spelling(self.codec)}: its newest queries cannot be undone; "
+                "fork() before the part that may be taken back"
+            )
         if queries or remembers(self.policy, self.spec):
             what = "newest queries" if queries else "memory"
             raise KvtwinError(

@@ -182,8 +182,8 @@ def rows_of(
     return found
 
 
-def of_groups(tables: Tables) -> dict[str, Array]:
-    """The tables with a row for each group."""
+def of_groups(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the tables, or of their layout, those with a row for each group."""
     return {key: x for key, x in tables.items() if not key.endswith(EXACT) and key != AGAIN}
 
 

@@ -19,7 +19,7 @@ from framework.codec import Codec, codecs
 from framework.coding import layout
 from framework.errors import KvtwinError
 from framework.eviction import slot_memory
-from framework.groups import asked, canonical_tables, fixed_rows, of_groups, tables_layout
+from framework.groups import ROW, asked, canonical_tables, fixed_rows, of_groups, tables_layout
 from framework.policy import Policy, policies
 from framework.shapes import EMPTY
 from framework.spec import Layer, ModelSpec
@@ -188,6 +188,12 @@ def _check(
             )
         if kind is None and whole != (came.dtype == np.int32):
             raise KvtwinError(f"{path}: {key} has dtype {came.dtype}; the file is damaged")
+    for index, layer in enumerate(spec.layers if codec.together else ()):
+        key, first = f"{index}.stream.{ROW}", next(iter(of_groups(tables_layout(codec, layer))))
+        rows = arrays[f"{index}.table.{first}"].shape[2]
+        most = arrays[key][..., 0].max(where=arrays[f"{index}.positions"] >= 0, initial=-1)
+        if most >= rows:
+            raise KvtwinError(f"{path}: {key} names group {most} of {rows}; the file is damaged")
 
 
 def _kind(codec: Codec, layer: Layer, key: str) -> np.dtype | None:

@@ -16,6 +16,7 @@ import backends.torch.attention
 from backends import backends as every_backend_there_is
 from framework.backend import Cache, Model
 from framework.codec import Codec, codecs
+from framework.codecs.kvquant import Kvquant
 from framework.codecs.unbias import Unbias
 from framework.coding import SIDES, shown, stored
 from framework.compare import TOLERANCE, drift
@@ -216,8 +217,8 @@ def test_heads_that_are_coded_together(backend: str, policy: str) -> None:
 
 @pytest.mark.parametrize("codec", [*TOYS[:1], *CODED], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_bytes_are_what_the_codec_says(backend: str, codec: Codec | str) -> None:
-    """Payload and scales per token, by the formula."""
+def test_bytes_are_what_the_codec_says(backend: str, codec: Codec) -> None:
+    """Payload and scales per token and per group, and what is exact as well, by the formula."""
     _, cache = rolling(backend, "full()", codec, 2)
     held, itemsize = 0, 8
     expected = np.zeros(2)
@@ -226,6 +227,12 @@ def test_bytes_are_what_the_codec_says(backend: str, codec: Codec | str) -> None
         heads, width = (1, layer.kv_heads * 64) if codec.joint(layer) else (layer.kv_heads, 64)
         for side in SIDES:
             expected += held * heads * np.array(codec.bits_of(width, side, itemsize)) / 8
+        newest = (kept >= 0) & (kept >= cache.seen[:, None, None] - codec.recent)
+        expected += (
+            newest.sum() * 2 * 64 * itemsize * (codec.recent > 0),
+            codec.regroups * kept[..., 0].size * 4,
+        )
+    expected[1] += sum(one.groups for one in cache.groups) * codec.group_bits(64, itemsize) / 8
     assert (cache.bytes.payload, cache.bytes.scales) == tuple(expected)
 
 
@@ -268,11 +275,13 @@ def test_tokens_are_taken_back(backend: str, codec: Codec) -> None:
         ("torch", "full()", TOYS[0]),
         ("torch", "h2o(budget=24)", TOYS[0]),
         ("torch", "full()", "quanto()"),
+        ("torch", "h2o(budget=24)", Kvquant(group=4, residual=8)),
         ("flax", "h2o(budget=55)", "full()"),
         pytest.param("flax", "full()", "full()", marks=pytest.mark.slow),
         pytest.param("flax", "full()", TOYS[0], marks=pytest.mark.slow),
         pytest.param("flax", "h2o(budget=24)", TOYS[0], marks=pytest.mark.slow),
         pytest.param("flax", "full()", "quanto()", marks=pytest.mark.slow),
+        pytest.param("flax", "h2o(budget=24)", Kvquant(group=4, residual=8), marks=pytest.mark.slow),
     ],
 )
 def test_blocks_of_slots_and_queries_mean_nothing(

@@ -147,6 +147,21 @@ def test_rows_that_are_silent_at_evictions_lose_nothing(backend: str, policy: st
     assert all(in_pages(found[backend][1]))
 
 
+@pytest.mark.parametrize(("backend", "policy"), pairs([INTERVAL], flax_now=[]))
+def test_rows_that_are_given_less_between_evictions_lose_nothing(backend: str, policy: str) -> None:
+    """A call of several tokens leaves holes in the rows with fewer; the next token goes behind the last one."""
+    some = np.array([[7, -1, -1], [31, 2, -1], [3, 40, 5]], np.int32)
+    found = []
+    for name in ("reference", backend):
+        _, cache = MODELS[name].step(some, prefilled(name, policy), phase="decode")
+        assert name == "reference" or all(in_pages(cache))
+        _, cache = MODELS[name].step(some[:, :1] + 1, cache)
+        assert (cache.last_eviction < cache.seen).all(), "the test would show nothing"
+        found.append(MODELS[name].step(some[:, :1], cache))
+    assert drift(found[1][0], found[0][0]) <= EXACT
+    assert snapshot_drift(found[1][1], found[0][1]) <= EXACT
+
+
 @pytest.mark.parametrize(("backend", "policy"), pairs([ADAKV, STATIC], flax_now=[ADAKV]))
 def test_fork_rows_save_and_go_on(backend: str, policy: str, tmp_path: Any) -> None:
     """A fork, reordered rows, a restored file and the other backend go on as the cache itself does."""

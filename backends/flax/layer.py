@@ -351,8 +351,9 @@ def with_rows_for_groups(layer: Held, codec: Codec, bounded: bool) -> Held:
     """The layer with tables that have room for all groups that its slots can come to."""
     rows = most_rows(codec, layer.slots, bounded)
     tables = {
-        key: jnp.pad(x, ((0, 0), (0, 0), (0, max(0, rows - x.shape[2])), (0, 0)))
+        key: jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
         for key, x in of_groups(layer.tables).items()
+        if x.shape[2] < rows
     }
     return replace(layer, tables={**layer.tables, **tables}) if tables else layer
 

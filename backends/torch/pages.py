@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 
 from backends.torch.layer import HeldLayer, LayerCache
+from framework.arrays import by_position, take_slots
 from framework.codec import Codec
 from framework.coding import payload
 from framework.pages import Pages, first_places, joined, owners, places, slots_of, taken
@@ -171,8 +172,14 @@ def opened(layer: LayerCache | PagedLayer) -> LayerCache:
 
 
 def closed(layer: LayerCache, layout: Pages, least: Int[torch.Tensor, "batch kv_heads"] | int) -> PagedLayer:
-    """A layer whose tokens are in position order, in pages; each head has room for at least this many."""
-    count = (layer.positions >= 0).sum(-1, dtype=torch.int32)
+    """The layer in pages; each head has room for at least this many."""
+    filled = layer.positions >= 0
+    count = filled.sum(-1, dtype=torch.int32)
+    if bool((filled & (torch.arange(layer.slots, device=count.device) >= count[..., None])).any()):
+        # Rows that were given less than others have holes, and the next token is to go behind the last one.
+        layer, order = replace(layer), by_position(xp, layer.positions)
+        source = torch.where(take_slots(xp, layer.positions, order) >= 0, order, EMPTY)
+        layer.gather(source, layer.used, whole=True)
     room = torch.maximum(count, torch.as_tensor(least, dtype=torch.int32, device=count.device))
     layout = enough(layout, room)
     made = PagedLayer(
