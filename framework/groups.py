@@ -74,7 +74,7 @@ def most_rows(codec: Codec, slots: int, evicts: bool) -> int:
     if not codec.together:
         return 0
     if codec.regroups:
-        return min(slots, 2 * -(-slots // codec.together))
+        return min(slots, 2 * _groups(slots, codec.together))
     # Where tokens are evicted, each may be the last of its group.
     return slots if evicts else slots // codec.recent * _groups(codec.recent, codec.together)
 
@@ -228,43 +228,30 @@ def _coded(
     call: Call, rows: int | None,
 ) -> tuple[dict[str, Array], dict[str, Array], Array]:  # fmt: skip
     """`recoded` for the keys that are complete, or that are coded again."""
-    kind, recent = tables[f"keys{EXACT}"].dtype, codec.recent
     slots, filled, row = positions.shape[-1], positions >= 0, xp.astype(keys[ROW][..., 0], xp.int32)
-    end = (call.after - call.after % recent)[:, None, None]
+    end = (call.after - call.after % codec.recent)[:, None, None]
     old = filled & (row >= 0)
     due = filled & (row < 0) & (positions < end)
     row, origin, living = _numbered(xp, row, old)
-    size = codec.together
-    source, tables = exact.vectors["keys"], dict(tables)
-    most = slots if codec.regroups else min(slots, source.shape[2])
-    kept = old
     if codec.regroups:
         came = xp.sum(due, axis=-1, dtype=xp.int32)
-        needed = _groups(came + xp.sum(old, axis=-1, dtype=xp.int32), size)
-        again = (came > 0) & (living + _groups(came, size) > 2 * needed)
-        due, kept = due | (old & again[..., None]), old & ~again[..., None]
+        needed = _groups(came + xp.sum(old, axis=-1, dtype=xp.int32), codec.together)
+        again = (came > 0) & (living + _groups(came, codec.together) > 2 * needed)
+        due = due | (old & again[..., None])
         living = xp.where(again, 0, living)
-        tables[AGAIN] = tables[AGAIN] + xp.astype(again, xp.int32)[..., None, None]
+        tables = tables | {AGAIN: tables[AGAIN] + xp.astype(again, xp.int32)[..., None, None]}
 
-    # The keys in the order of their positions; beyond the last one, the last one again.
-    order = xp.argsort(xp.where(due, positions, FAR), axis=-1)
-    count = xp.sum(due, axis=-1, dtype=xp.int32)
-    size = min(size, most)
-    places = xp.arange(-(-most // size) * size, dtype=xp.int32, device=device(positions))
+    # The keys that are due in the order of their positions; beyond the last one, the last one again.
+    order, count = xp.argsort(xp.where(due, positions, FAR), axis=-1), xp.sum(due, axis=-1, dtype=xp.int32)
+    most = slots if codec.regroups else min(slots, exact.positions.shape[-1])
+    size = min(codec.together, most)
+    places = xp.arange(_groups(most, size) * size, dtype=xp.int32, device=device(positions))
     chosen = take_slots(xp, order, xp.clip(xp.minimum(places, count[..., None] - 1), 0, None))
-    x = xp.astype(take_slots(xp, source, take_slots(xp, exact.place, chosen)), xp.float32)
+    x = xp.astype(take_slots(xp, exact.vectors["keys"], take_slots(xp, exact.place, chosen)), xp.float32)
     if codec.regroups:
-        before = with_rows(xp, parts_of_keys(keys), tables)
-        seen = decoded(codec, xp, before, "keys", xp.float32)
-        x = xp.where(take_slots(xp, old, chosen)[..., None], take_slots(xp, seen, chosen), x)
-    shape = (*x.shape[:2], -1, size)
-    queries = None
-    if codec.queries and call.queries is not None:
-        queries = call.queries[..., -codec.queries :, :]
-        queries = xp.astype(xp.reshape(queries, (*queries.shape[:2], 1, -1, queries.shape[-1])), xp.float32)
-    full = xp.reshape(places < count[..., None], shape)
-    own, shared = codec.encode_group(xp, xp.reshape(x, (*shape, x.shape[-1])), full, queries)
-    own = {key: xp.reshape(part, (*x.shape[:3], part.shape[-1])) for key, part in own.items()}
+        read = decoded(codec, xp, with_rows(xp, parts_of_keys(keys), tables), "keys", xp.float32)
+        x = xp.where(take_slots(xp, old, chosen)[..., None], take_slots(xp, read, chosen), x)
+    own, shared = _encoded(xp, codec, x, places < count[..., None], size, call)
 
     nth = inverse(xp, order)
     index = xp.clip(nth, 0, places.shape[0] - 1)
@@ -272,52 +259,82 @@ def _coded(
         f"keys.{key}": xp.where(due[..., None], take_slots(xp, part, index), keys[f"keys.{key}"])
         for key, part in own.items()
     }
-    row = xp.where(due, living[..., None] + nth // size, xp.where(kept, row, -1))
+    row = xp.where(due, living[..., None] + nth // size, xp.where(old, row, -1))
     made[ROW] = xp.astype(row, xp.int16)[..., None]
-
     added = _groups(count, size)
+    tables, full = _with_groups(xp, tables, shared, origin, living, added, slots, rows)
+    tables[f"keys{EXACT}"] = _ring(xp, codec, tables, own, shared, positions, order, count, size, call)
+    return made, tables, full | _unfit(xp, own, count) | _unfit(xp, shared, added)
+
+
+def _encoded(
+    xp: Namespace, codec: Codec, x: Array, filled: Array, size: int, call: Call
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The parts of keys [batch kv_heads n width], and of each `size` of them."""
+    queries, shape = None, (*x.shape[:2], -1, size)
+    if codec.queries and call.queries is not None:
+        queries = call.queries[..., -codec.queries :, :]
+        queries = xp.astype(xp.reshape(queries, (*queries.shape[:2], 1, -1, queries.shape[-1])), xp.float32)
+    own, shared = codec.encode_group(
+        xp, xp.reshape(x, (*shape, x.shape[-1])), xp.reshape(filled, shape), queries
+    )
+    return {key: xp.reshape(part, (*x.shape[:3], part.shape[-1])) for key, part in own.items()}, shared
+
+
+def _with_groups(
+    xp: Namespace, tables: dict[str, Array], shared: dict[str, Array], origin: Array, living: Array, added: Array,
+    slots: int, rows: int | None,
+) -> tuple[dict[str, Array], Bool[Array, "kv_heads"]]:  # fmt: skip
+    """The tables with the groups that live, then the first `added` of the new ones; and heads with too many of them."""
     total = living + added
     held = max((x.shape[2] for x in of_groups(tables).values()), default=0)
     # A head of which nothing is coded now may have kept more groups than `most_rows`, but not more than tokens.
-    rows = int(xp.max(total)) if rows is None else max(rows, min(slots, held))
+    rows = int(xp.max(total)) if rows is None else min(MOST_ROWS, max(rows, min(slots, held)))
     if rows > MOST_ROWS:
         raise KvtwinError(
             f"the keys of a head lie in {rows} groups; expected at most {MOST_ROWS}: take larger groups"
         )
-    here = xp.broadcast_to(xp.arange(rows, dtype=xp.int32, device=device(positions)), (*total.shape, rows))
-    wrong = xp.zeros(positions.shape[1], dtype=xp.bool, device=device(positions))
+    here = xp.broadcast_to(xp.arange(rows, dtype=xp.int32, device=device(total)), (*total.shape, rows))
+    result = dict(tables)
     for key, part in shared.items():
         table = tables[f"keys.{key}"]
         first = table.shape[2]
-        fresh = first + xp.clip(here - living[..., None], 0, part.shape[2] - 1)
+        source = first + xp.clip(here - living[..., None], 0, part.shape[2] - 1)
         if first:
-            fresh = xp.where(
-                here < living[..., None], take_slots(xp, origin, xp.clip(here, 0, slots - 1)), fresh
-            )
-        fresh = xp.where(here < total[..., None], fresh, -1)
-        tables[f"keys.{key}"] = keep(xp, xp.concat([table, part], axis=2), fresh, 0)
-    for parts, number in ((own, count), (shared, added)):
-        for part in parts.values():
-            if part.dtype not in (xp.int8, xp.uint8, xp.int16, xp.int32):
-                beyond = (
-                    xp.arange(part.shape[2], dtype=xp.int32, device=device(positions)) >= number[..., None]
-                )
-                wrong = wrong | ~xp.all(xp.isfinite(part) | beyond[..., None], axis=(0, 2, 3))
+            kept = take_slots(xp, origin, xp.clip(here, 0, slots - 1))
+            source = xp.where(here < living[..., None], kept, source)
+        source = xp.where(here < total[..., None], source, -1)
+        result[f"keys.{key}"] = keep(xp, xp.concat([table, part], axis=2), source, 0)
+    return result, xp.any(total > rows, axis=0)
 
-    # Those of the newest tokens that are coded now read as their codes do.
-    last = count[..., None] - recent + xp.arange(recent, dtype=xp.int32, device=device(positions))
-    at = xp.clip(last, 0, places.shape[0] - 1)
+
+def _ring(
+    xp: Namespace, codec: Codec, tables: Tables, own: dict[str, Array], shared: dict[str, Array], positions: Array,
+    order: Array, count: Array, size: int, call: Call,
+) -> Float[Array, "batch kv_heads recent width"]:  # fmt: skip
+    """The newest keys, of which those that are coded now read as their codes do: the last `recent` of them at most."""
+    table, recent = tables[f"keys{EXACT}"], codec.recent
+    nth = count[..., None] - recent + xp.arange(recent, dtype=xp.int32, device=device(positions))
+    at = xp.clip(nth, 0, None)
     parts = {key: take_slots(xp, part, at) for key, part in own.items()}
     parts |= {key: take_slots(xp, part, at // size) for key, part in shared.items()}
-    position = take_slots(xp, positions, take_slots(xp, order, xp.clip(last, 0, slots - 1)))
-    inside = (last >= 0) & (position >= call.after[:, None, None] - recent)
-    found = spread(
-        xp, recent, xp.where(inside, position % recent, -1), xp.broadcast_to(last, inside.shape), -1
-    )
-    found = xp.where(found < 0, -1, found - count[..., None] + recent)
-    seen = take_slots(xp, decoded(codec, xp, parts, "keys", kind), found)
-    tables[f"keys{EXACT}"] = xp.where((found >= 0)[..., None], seen, tables[f"keys{EXACT}"])
-    return made, tables, wrong
+    read = decoded(codec, xp, parts, "keys", table.dtype)
+    last = positions.shape[-1] - 1
+    position = take_slots(xp, positions, take_slots(xp, order, xp.clip(nth, 0, last)))
+    inside = (nth >= 0) & (position >= call.after[:, None, None] - recent)
+    here = xp.broadcast_to(xp.arange(recent, dtype=xp.int32, device=device(positions)), inside.shape)
+    which = spread(xp, recent, xp.where(inside, position % recent, -1), here, -1)
+    return xp.where((which >= 0)[..., None], take_slots(xp, read, which), table)
+
+
+def _unfit(xp: Namespace, parts: dict[str, Array], count: Array) -> Bool[Array, "kv_heads"]:
+    """The heads of which one of the first `count` vectors of some part is not finite."""
+    heads = xp.zeros(count.shape[1], dtype=xp.bool, device=device(count))
+    for part in parts.values():
+        if part.dtype not in (xp.int8, xp.uint8, xp.int16, xp.int32):
+            beyond = xp.arange(part.shape[2], dtype=xp.int32, device=device(count)) >= count[..., None]
+            heads = heads | ~xp.all(xp.isfinite(part) | beyond[..., None], axis=(0, 2, 3))
+    return heads
 
 
 def _groups(count: Any, size: int) -> Any:

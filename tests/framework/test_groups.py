@@ -206,12 +206,16 @@ def test_heads_of_which_a_group_cannot_be_coded_are_named():
 
 
 def test_more_groups_than_have_numbers_are_refused():
+    """Where tables have a fixed number of rows, by naming the heads."""
     codec = Fifths(size=1, newest=1)
-    given = first_call(codec, 2)
-    made = recoded(NUMPY, codec, *given, MOST_ROWS)[1]
-    assert made["keys.low"].shape[2] == MOST_ROWS
+    given = first_call(codec, MOST_ROWS + 1, lost=(7,))
+    made, found = (recoded(NUMPY, codec, *given, rows) for rows in (None, MOST_ROWS + 5))
+    assert made[1]["keys.low"].shape[2] == found[1]["keys.low"].shape[2] == MOST_ROWS
+    assert not made[2].any() and not found[2].any()
+    given = first_call(codec, MOST_ROWS + 1)
     with pytest.raises(KvtwinError, match="lie in 32768 groups; expected at most 32767: take larger groups"):
-        recoded(NUMPY, codec, *given, MOST_ROWS + 1)
+        recoded(NUMPY, codec, *given, None)
+    assert recoded(NUMPY, codec, *given, MOST_ROWS + 5)[2].all()
 
 
 @pytest.mark.parametrize("recent", [1, 2, 4, 6, 7])
