@@ -98,7 +98,7 @@ def _block(
         return jnp.einsum("lqs,lsd->lqd", w, v, preferred_element_type=total)
 
     # A loop over the slots reads the buffers where they are; one product of them all has XLA copy them four times.
-    size = STEP if tokens == 1 else slots
+    size = STEP if tokens == 1 and slots >= 2 * STEP else slots
     logits = _logits_in_spans(logits_of, slots, size) * layer.scale
     if layer.softcap is not None:
         logits = jnp.tanh(logits / layer.softcap) * layer.softcap

@@ -8,7 +8,8 @@ Nothing is asserted. torch takes the threads that OMP_NUM_THREADS gives it, jax 
 Needs optimum-quanto, of the group `judges`, which compiles C++ when it first reads a cache; without it this file is
 passed over. By itself, with the lines that it prints:
 
-    OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_quantized_cache.py -s -o addopts=--import-mode=importlib
+    export OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0
+    python -m pytest tests/benchmarks/test_quantized_cache.py -s -o addopts=--import-mode=importlib
 """
 
 import statistics

@@ -119,6 +119,21 @@ def test_head_dims_that_are_no_multiple_of_the_group_are_refused():
     assert not quanto(4).joint(layer(32))
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "width"), [(4, 64, 64), (4, 16, 96), (2, 64, 64), (4, 48, 144), (2, 12, 36)]
+)
+def test_groups_need_not_end_where_a_piece_ends(bits, group, width):
+    """Of four codes in a byte the first is that of the first quarter of the vector, whatever its groups are."""
+    x = np.random.default_rng(5).standard_normal((2, 3, width)).astype(f32)
+    codec = quanto(bits, group)
+    parts = codec.encode(NUMPY, x, "keys")
+    codes = unpack(NUMPY, parts["codes"], bits)
+    read = codec.read(NUMPY, parts, "keys")
+    for row, head, number in np.ndindex(x.shape):
+        scale, shift = (parts[key][row, head, number // group] for key in ("scales", "shifts"))
+        assert read[row, head, number] == f32(codes[row, head, number]) * scale - shift
+
+
 @pytest.mark.parametrize("spelled", ["bits=8", "bits=3", "group=0", "group=-64", "group=6"])
 def test_what_quanto_has_not_is_refused(spelled):
     with pytest.raises(KvtwinError, match=f"quanto has {spelled}; expected"):
