@@ -170,14 +170,15 @@ def by_slot(
     return xp.where(place >= 0, own, xp.concat([sums[..., :first], rest], axis=-1))
 
 
-def refused(codec: Codec, unfit: Sequence[Bool[Array, "kv_heads"]]) -> KvtwinError:
-    """What is raised where `uncoded` is true for some head of some layer."""
+def refused(codec: Codec, unfit: Sequence[Bool[Array, "kv_heads"]], spent: bool = False) -> KvtwinError:
+    """What is raised where `uncoded` is true for some head of some layer; `spent`: the cache cannot be used again."""
     layer, head = next(
         (index, heads.index(True)) for index, heads in enumerate(x.tolist() for x in unfit) if any(heads)
     )
+    left = "its cache is spent: fork() before such calls" if spent else "its cache is as it was before the call"
     return KvtwinError(
         f"codec {codecs.spelling(codec)} cannot code what layer {layer}, head {head} made: a key or value is not "
-        "finite, or too large for its scales; the call has no result, and its cache is spent: fork() before such calls"
+        f"finite, or too large for its scales; the call has no result, and {left}"
     )
 
 

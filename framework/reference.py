@@ -137,7 +137,6 @@ class ReferenceModel(Model):
             if layer.rope is not None:
                 angles(layer.rope, after.max(keepdims=True) - 1, cache.length)  # raises out of reach
         result = cache.fork()
-        cache.consume()
         single = tokens.shape[1] == 1 and bool((tokens >= 0).all())
         result.steps, result.singles = result.counted(phase, single)
         whole = phase == "prefill" or result.pending  # also rows that got no token in this call are evicted
@@ -170,6 +169,7 @@ class ReferenceModel(Model):
             statistics.extend(np.concatenate(each) for each in zip(*stated, strict=True))
         if taps is not None:
             taps.update(_spread(tokens, tapped))
+        cache.consume()
         if logits == "last":
             last = np.array([max(np.flatnonzero(row >= 0), default=0) for row in tokens])
             return every[np.arange(len(tokens)), last][:, None], result

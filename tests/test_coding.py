@@ -321,6 +321,58 @@ def test_what_cannot_be_coded_is_an_error(backend: str, layer: int, head: int) -
         runner.step(prompts(LENGTHS), runner.cache("full()", TOYS[0], 3))
 
 
+@cache
+def spoiled(backend: str) -> Model:
+    """The model, in which token 0 has a key that is not finite."""
+    bad = {key: value.copy() for key, value in weights().items()}
+    bad["embed.weight"][0] = np.inf
+    return every_backend_there_is.get(backend).build(wide_spec(), bad, "float64")
+
+
+@pytest.mark.parametrize(
+    ("policy", "codec"),
+    [
+        ("h2o(budget=9)", TOYS[0]),
+        ("h2o(budget=7, interval=2)", "kivi(group=2, residual=2)"),
+        ("adakv(budget=9, policy=snapkv(window=2))", "int8()"),
+        ("full()", "kvquant(group=4, residual=4)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wide", [1, 3])
+@slow_on_flax
+def test_a_refused_call_leaves_its_cache_as_it_was(
+    backend: str, policy: str, codec: Codec | str, wide: int
+) -> None:
+    """Its only trace is the error. A step of the compiled loop gave its buffers away, and says so."""
+    runner = spoiled(backend)
+    text = np.where(prompts(LENGTHS) == 0, 1, prompts(LENGTHS))
+    _, held = runner.step(text, runner.cache(policy, codec, 3))
+    for step in range(5):
+        _, held = runner.step(np.maximum(column(step), 1), held)
+    before, other = held.snapshot(), held.fork()
+    call = np.maximum(np.stack([column(5 + each)[:, 0] for each in range(wide)], axis=1), 1)
+    bad = call.copy()
+    bad[1, -1] = 0
+    with np.errstate(all="ignore"), pytest.raises(KvtwinError, match="cannot code what layer 0, head 0 made") as found:
+        runner.step(bad, held, phase="decode")
+    if backend == "flax" and wide == 1:
+        assert "its cache is spent: fork() before such calls" in str(found.value)
+        with pytest.raises(KvtwinError, match="was consumed"):
+            held.snapshot()
+        return
+    assert "its cache is as it was before the call" in str(found.value)
+    for one, same in zip(held.snapshot().layers, before.layers, strict=True):
+        for kind in ("streams", "memory", "heads", "tables"):
+            ours, theirs = getattr(one, kind), getattr(same, kind)
+            assert all((ours[key] == theirs[key]).all() for key in theirs)
+        np.testing.assert_array_equal(one.positions, same.positions)
+    logits, after = runner.step(call, held, phase="decode")
+    expected, straight = runner.step(call, other, phase="decode")
+    assert drift(logits, expected) == 0.0
+    assert snapshot_drift(after, straight) == 0.0
+
+
 @slow_on_flax
 def test_padding_is_not_judged(backend: str) -> None:
     """Rows without the token whose key cannot be coded; padding is computed as some token."""

@@ -246,6 +246,9 @@ class FlaxModel(Model):
             used=int(after.max()),
             consumed=False,
         )
+        if unfit := _unfit(state):
+            cache.state, cache.consumed = old, False  # this call gave no buffer away
+            raise refused(cache.codec, unfit)
         self.check_scores(result)
         if taps is not None:
             real = tokens >= 0
@@ -370,8 +373,8 @@ class FlaxModel(Model):
 
     def check_scores(self, cache: FlaxCache) -> None:
         """Raises if a score was NaN, or something could not be coded."""
-        if cache.state.unfit and any(x.any() for x in map(np.asarray, cache.state.unfit)):
-            raise refused(cache.codec, [to_numpy(x) for x in cache.state.unfit])
+        if unfit := _unfit(cache.state):
+            raise refused(cache.codec, unfit, spent=True)
         if not (cache.plan.policy.evicts and bool(cache.state.bad)):
             return
         for index, layer in enumerate(cache.state.layers):
@@ -429,6 +432,12 @@ class FlaxModel(Model):
         cache.row_seen, cache.used = held.seen.astype(np.int32), int(held.seen.max())
         cache.steps, cache.pending = held.steps, held.pending
         return cache.settled()
+
+
+def _unfit(state: State) -> list[np.ndarray] | None:
+    """The heads of each layer that made what cannot be coded, if there are any."""
+    heads = [to_numpy(x) for x in state.unfit]
+    return heads if any(x.any() for x in heads) else None
 
 
 def _bucketed(x: np.ndarray, empty: int = EMPTY) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -48,6 +48,10 @@ class HeldLayer(ABC):
     @abstractmethod
     def stored(self) -> dict[str, list[torch.Tensor]]:
         """The tensors themselves, by what they hold."""
+
+    @abstractmethod
+    def kept(self) -> "HeldLayer":
+        """The layer as it is, whatever a call then does to it: tokens are only written to places that are empty now."""
 
     @abstractmethod
     def put(
@@ -237,6 +241,10 @@ class LayerCache(HeldLayer):
             "positions": [self.positions],
             "memory": list(self.memory.values()),
         }
+
+    def kept(self) -> "LayerCache":
+        own = {"streams": dict(self.streams), "memory": dict(self.memory)}
+        return replace(self, positions=self.positions.clone(), **own)
 
     def put(
         self,

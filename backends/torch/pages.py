@@ -74,6 +74,9 @@ class PagedLayer(HeldLayer):
             "memory": list(self.notes.values()),
         }
 
+    def kept(self) -> "PagedLayer":
+        return replace(self, runs=dict(self.runs), notes=dict(self.notes), marks=self.marks.clone())
+
     def shown(self, run: torch.Tensor, empty: float | int = 0) -> torch.Tensor:
         """One value for each place as `LayerCache` would have it."""
         return taken(xp, run, places(xp, self.first, self.layout, self.slots), empty)
