@@ -175,7 +175,9 @@ def refused(codec: Codec, unfit: Sequence[Bool[Array, "kv_heads"]], spent: bool 
     layer, head = next(
         (index, heads.index(True)) for index, heads in enumerate(x.tolist() for x in unfit) if any(heads)
     )
-    left = "its cache is spent: fork() before such calls" if spent else "its cache is as it was before the call"
+    left = (
+        "its cache is spent: fork() before such calls" if spent else "its cache is as it was before the call"
+    )
     return KvtwinError(
         f"codec {codecs.spelling(codec)} cannot code what layer {layer}, head {head} made: a key or value is not "
         f"finite, or too large for its scales; the call has no result, and {left}"

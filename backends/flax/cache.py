@@ -139,11 +139,14 @@ class FlaxCache(Cache):
                 totals["padding"] += every - own
             if isinstance(layer, PagedState):
                 totals["positions"] += layer.first.nbytes + layer.count.nbytes
-            for key, own, every in table_bytes(
-                self.codec, layer.streams, layer.positions, layer.tables, self.row_seen
-            ):
-                totals["payload" if payload(key) else "scales"] += own
-                totals["padding"] += every - own
+            if self.codec.recent:
+                with precision(self.dtype):
+                    streams, positions = layer.streams, layer.positions
+                for key, own, every in table_bytes(
+                    self.codec, streams, positions, layer.tables, self.row_seen
+                ):
+                    totals["payload" if payload(key) else "scales"] += own
+                    totals["padding"] += every - own
             totals["memory"] += sum(x.nbytes for x in layer.heads.values())
             totals["queries"] += sum(
                 x.nbytes for x in (layer.queries, layer.query_positions) if x is not None

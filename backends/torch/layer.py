@@ -243,8 +243,8 @@ class LayerCache(HeldLayer):
         }
 
     def kept(self) -> "LayerCache":
-        own = {"streams": dict(self.streams), "memory": dict(self.memory)}
-        return replace(self, positions=self.positions.clone(), **own)
+        streams, memory = dict(self.streams), dict(self.memory)
+        return replace(self, streams=streams, memory=memory, positions=self.positions.clone())
 
     def put(
         self,

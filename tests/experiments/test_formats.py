@@ -63,11 +63,11 @@ def test_heads_that_are_coded_as_one_share_what_stands_beside() -> None:
     assert found.sizes[0] == f"{28 * (4 * 128 * 9.5 + 2 * 64) / 8 / 1024:.10g}"
 
 
-def test_every_example_of_every_codec_has_a_row() -> None:
-    firsts = [codecs.spelling(codecs.get(name).examples()[0]) for name in codecs.names()]
+def test_every_listed_instance_of_every_codec_has_a_row() -> None:
+    firsts = [codecs.spelling(codecs.get(name).listed()[0]) for name in codecs.names()]
     assert [each.name for each in formats.entries() if each.stores] == firsts
     names = [each.name for each in formats.entries()]
-    assert names == [codecs.spelling(one) for name in codecs.names() for one in codecs.get(name).examples()]
+    assert names == [codecs.spelling(one) for name in codecs.names() for one in codecs.get(name).listed()]
     full = next(each for each in formats.entries() if each.name == "full()")
     assert full.cells == ("`full()`", "K and V in the model's own dtype", "16", "0", "56", "128", "512")
 

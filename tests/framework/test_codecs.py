@@ -162,7 +162,7 @@ def test_parts_have_one_entry_for_each_token(codec, side):
 
 @every_case
 def test_pieces_side_by_side_are_what_is_read(codec, side):
-    parts = codec.encode(NUMPY, vectors(), side)
+    parts = coded(NUMPY, codec, side, vectors())
     pieces = codec.pieces(NUMPY, parts, side)
     assert np.concatenate(pieces, axis=-1).tobytes() == codec.read(NUMPY, parts, side).tobytes()
 
