@@ -114,10 +114,12 @@ PLAIN = [
     ("backend", "policy"),
     [
         pytest.param(
-            backend, policy, marks=[pytest.mark.slow] if backend == "flax" and policy in PLAIN else []
+            backend,
+            policy,
+            marks=[pytest.mark.slow] if backend == "flax" and (policy in PLAIN or index % 2) else [],
         )
         for backend in TWINS
-        for policy in AT_END
+        for index, policy in enumerate(AT_END)
     ],
 )
 def test_chunked_prefill_equals_whole(backend: str, policy: str) -> None:

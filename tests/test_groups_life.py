@@ -305,6 +305,7 @@ def test_flax_has_room_for_the_most_groups(codec: Codec) -> None:
     assert held.padding == tables + (slots - filled) * each + ring
 
 
+@pytest.mark.slow
 def test_both_backends_write_the_same() -> None:
     """Greedy, over the ends of many blocks."""
     options: dict[str, Any] = {"codec": "kivi(group=4, residual=8)", "max_new_tokens": 40, "stop": ()}

@@ -36,7 +36,9 @@ def test_eight_bits_cost_nothing_four_little_and_two_much(codec: str, least: flo
 
 
 @pytest.mark.parametrize("budget", [9, pytest.param(18, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("policy", ["h2o(budget={})", "window(budget={}, sinks=2)"])
+@pytest.mark.parametrize(
+    "policy", ["h2o(budget={})", pytest.param("window(budget={}, sinks=2)", marks=pytest.mark.slow)]
+)
 def test_at_equal_bytes_few_bits_and_more_tokens_win(policy: str, budget: int) -> None:
     """16 bits against 4.5, scales included, and as many more tokens."""
     exact, whole = perplexity(policy.format(budget), "fp16()")
