@@ -107,6 +107,18 @@ def test_the_cells_of_an_exact_cache_do_not_move() -> None:
     )
 
 
+@pytest.mark.parametrize("codec", ["kivi(bits=4, group=8, residual=8)", "kvquant(group=8, residual=8)"])
+def test_a_codec_of_channels_does_not_move(codec: str) -> None:
+    """Under a power of two its codes stay and its scales go with the keys; codes of whole vectors move."""
+    asked = question(codecs=(codec, Q4), strengths=(1.0, 256.0), dtype="float64")
+    found = {(each.codec, each.strength): each.perplexity for each in collapse.ask(asked)}
+    lossless = found["full()", 1.0]
+    assert lossless is not None
+    assert found[codec, 1.0] != pytest.approx(lossless, rel=1e-6)  # something was coded
+    assert found[codec, 256.0] == pytest.approx(found[codec, 1.0], rel=1e-9)
+    assert found[Q4, 256.0] != pytest.approx(found[Q4, 1.0], rel=0.02)
+
+
 def test_numbers_that_run_out_are_told() -> None:
     """Without an error of the cache they make a cell silent, with one they do not."""
     broken = dict(open_checkpoint("bytes").weights)
