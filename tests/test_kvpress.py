@@ -241,7 +241,9 @@ def cases(presses: Iterable[str]) -> list[Any]:
         pytest.param(backend, press, *case, marks=[pytest.mark.slow] if later(backend, press, case) else [])
         for backend in BACKENDS
         for press in presses
-        for case in (CASES[:3:2] if backend == "flax" else CASES)  # one of each model
+        for case in (
+            CASES[:1] if backend == "flax" else CASES
+        )  # what flax keeps elsewhere is held to the reference
     ]
 
 
