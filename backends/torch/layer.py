@@ -50,7 +50,7 @@ class HeldLayer(ABC):
         """The tensors themselves, by what they hold."""
 
     @abstractmethod
-    def kept(self) -> "HeldLayer":
+    def restorable(self) -> "HeldLayer":
         """The layer as it is, whatever a call then does to it: tokens are only written to places that are empty now."""
 
     @abstractmethod
@@ -242,7 +242,7 @@ class LayerCache(HeldLayer):
             "memory": list(self.memory.values()),
         }
 
-    def kept(self) -> "LayerCache":
+    def restorable(self) -> "LayerCache":
         streams, memory = dict(self.streams), dict(self.memory)
         return replace(self, streams=streams, memory=memory, positions=self.positions.clone())
 

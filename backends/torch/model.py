@@ -232,7 +232,7 @@ class TorchModel(Model):
                 self.tables.grow(layer.rope, cache.length, int(after.max()) + policy.needs.ahead)
         cache.consume()
         given = cache
-        kept = [] if cache.codec.exact else [layer.kept() for layer in cache.layers]
+        restorable = [] if cache.codec.exact else [layer.restorable() for layer in cache.layers]
         cache = TorchCache(**{**cache.__dict__, "consumed": False})
         real = tokens >= 0
         before, seen, question = (
@@ -276,7 +276,7 @@ class TorchModel(Model):
         if not single:
             cache.settle()
         if unfit and bool(torch.cat(unfit).any()):
-            given.layers, given.consumed = kept, False
+            given.layers, given.consumed = restorable, False
             raise refused(cache.codec, unfit)
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]

@@ -74,7 +74,7 @@ class PagedLayer(HeldLayer):
             "memory": list(self.notes.values()),
         }
 
-    def kept(self) -> "PagedLayer":
+    def restorable(self) -> "PagedLayer":
         return replace(self, runs=dict(self.runs), notes=dict(self.notes), marks=self.marks.clone())
 
     def shown(self, run: torch.Tensor, empty: float | int = 0) -> torch.Tensor:
