@@ -1,0 +1,45 @@
+"""Matrices that multiply the same vector, joined into one: a decode step is bound by memory, and long reads are fast.
+
+Of the canonical names (see `weights`) the three projections into attention and the two into the feed-forward become
+
+layers.{i}.  attention.query_key_value  .weight [kv_heads * (group + 2) * head_dim, dim], .bias
+             ffn.gate_up                .weight [2 * ffn, dim], .bias
+
+Rows of `query_key_value` stand by kv head: its queries, its key, its value, so that a split by heads is a slice. Rows
+of `gate_up` are the gates, then the ups.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Shaped
+
+from framework.spec import Layer, ModelSpec
+from framework.weights import shapes
+
+PARTS = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
+
+
+def fused(
+    spec: ModelSpec, weights: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """Every tensor of a spec once, joined where it is part of a joined one; each is read when it is its turn."""
+    whole = {part: joined for joined, parts in PARTS.items() for part in parts}
+    for name in shapes(spec):
+        module, _, kind = name.rpartition(".")
+        at, _, last = module.rpartition(".")
+        if last not in whole:
+            yield name, weights[name]
+        elif last == PARTS[whole[last]][0]:
+            parts = [weights[f"{at}.{part}.{kind}"] for part in PARTS[whole[last]]]
+            if whole[last] == "query_key_value":
+                parts = _by_head(parts, spec.layers[int(name.split(".")[1])])
+            yield f"{at}.{whole[last]}.{kind}", np.concatenate(parts)
+
+
+def _by_head(
+    parts: list[Shaped[np.ndarray, "out *inner"]], layer: Layer
+) -> list[Shaped[np.ndarray, "rows *inner"]]:
+    """The rows of queries, keys and values by kv head."""
+    heads = [part.reshape(layer.kv_heads, -1, *part.shape[1:]) for part in parts]
+    return list(np.concatenate(heads, axis=1))
