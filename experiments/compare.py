@@ -294,7 +294,7 @@ def prompts(checkpoint: Checkpoint, tokens: int, rows: int = 2) -> np.ndarray:
     return content
 
 
-def cast(weights: Weights, dtype: str) -> Weights:
+def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Weights:
     """The weights in float64, after the rounding to `dtype`."""
     return {key: value.astype(DTYPES[dtype]).astype(np.float64) for key, value in weights.items()}
 

@@ -17,7 +17,7 @@ their size along the text, as those of a bias do.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,7 +62,7 @@ USUAL = Sites()
 
 
 def pair_rescale(
-    spec: ModelSpec, weights: Weights, factor: float, sites: Sites = USUAL
+    spec: ModelSpec, weights: Mapping[str, np.ndarray], factor: float, sites: Sites = USUAL
 ) -> tuple[ModelSpec, Weights]:
     """The model with pairs of key channels `factor` times as large, and the same function.
 
@@ -86,7 +86,7 @@ def pair_rescale(
 
 
 def key_bias(
-    spec: ModelSpec, weights: Weights, amount: float, sites: Sites = USUAL
+    spec: ModelSpec, weights: Mapping[str, np.ndarray], amount: float, sites: Sites = USUAL
 ) -> tuple[ModelSpec, Weights]:
     """The model with `amount` added to the key bias at the first channel of pairs, and nearly the same function.
 
@@ -112,7 +112,7 @@ def key_bias(
     return replace(spec, qkv_bias=True), result
 
 
-def _check(spec: ModelSpec, weights: Weights) -> None:
+def _check(spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> None:
     check(spec, weights)
     if spec.query_key_norm:
         raise KvtwinError(

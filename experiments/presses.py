@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from backends.torch.convert import to_numpy, widened
+from backends.torch.model import Attention as Projections
 from backends.torch.model import TorchModel
 from framework.backend import Model
 from framework.errors import KvtwinError
@@ -58,7 +59,7 @@ class Attention:
     q_proj: Projection
     k_proj: Projection
     v_proj: nn.Linear
-    o_proj: nn.Linear
+    o_proj: nn.Module
 
     @property
     def head_dim(self) -> int:
@@ -79,6 +80,20 @@ class Attention:
         return first, second
 
 
+def projections(block: Projections) -> list[nn.Linear]:
+    """The maps of a layer to queries, keys and values, which the model holds as one."""
+    joined = block.query_key_value
+    weights = [part.flatten(1).T for part in block.split(joined.weight.T)]
+    biases = [None] * 3 if joined.bias is None else [part.flatten() for part in block.split(joined.bias)]
+    made = []
+    for weight, bias in zip(weights, biases, strict=True):
+        one = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
+        one.weight = nn.Parameter(weight, requires_grad=False)
+        one.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        made.append(one)
+    return made
+
+
 def stand_in(model: TorchModel, index: int, eager: bool) -> Attention:
     """The module of one layer."""
     layer, block = model.spec.layers[index], model.decoder.layers[index].attention
@@ -94,10 +109,11 @@ def stand_in(model: TorchModel, index: int, eager: bool) -> Attention:
         num_hidden_layers=len(model.spec.layers),
         _attn_implementation="eager" if eager else "sdpa",
     )
-    query, key = (getattr(block, norm, None) for norm in ("query_norm", "key_norm"))
+    query, key, value = projections(block)
+    norms = [getattr(block, norm, None) for norm in ("query_norm", "key_norm")]
     return Attention(
-        index, layer, config, Projection(block.query, query, layer.head_dim),
-        Projection(block.key, key, layer.head_dim), block.value, block.output,
+        index, layer, config, Projection(query, norms[0], layer.head_dim),
+        Projection(key, norms[1], layer.head_dim), value, block.output,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from framework.errors import KvtwinError
 from framework.family import Family, family
 from framework.spec import ModelSpec
 from framework.tokenizer import Tokenizer, tokenizer
-from framework.weights import Weights, read
+from framework.weights import Stored, read
 
 BUNDLED = Path(__file__).parent / "models"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -24,10 +24,11 @@ UNWANTED = ["*/*"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, read: its spec, its weights in the dtype they are stored in, and where they came from."""
+    """A model on disk: its spec, its weights in the dtype they are stored in, each read when it is asked for, and where
+    they came from."""
 
     spec: ModelSpec
-    weights: Weights
+    weights: Stored
     folder: Path
     family: Family
 

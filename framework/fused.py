@@ -37,9 +37,7 @@ def fused(
             yield f"{at}.{whole[last]}.{kind}", np.concatenate(parts)
 
 
-def _by_head(
-    parts: list[Shaped[np.ndarray, "out *inner"]], layer: Layer
-) -> list[Shaped[np.ndarray, "rows *inner"]]:
-    """The rows of queries, keys and values by kv head."""
+def _by_head(parts: list[Shaped[np.ndarray, "..."]], layer: Layer) -> list[Shaped[np.ndarray, "rows *inner"]]:
+    """The rows of queries, keys and values, for each kv head."""
     heads = [part.reshape(layer.kv_heads, -1, *part.shape[1:]) for part in parts]
     return list(np.concatenate(heads, axis=1))

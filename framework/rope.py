@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from framework.errors import KvtwinError
-from framework.spec import Rope
+from framework.spec import ModelSpec, Rope
+
+
+def ropes(spec: ModelSpec) -> tuple[Rope, ...]:
+    """The different ropes of the layers."""
+    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))
 
 
 def frequencies(rope: Rope, length: int | None = None) -> tuple[Float64[np.ndarray, "half"], float]:

@@ -76,7 +76,10 @@ def check(spec: ModelSpec, weights: Mapping[str, Any], names: Mapping[str, str] 
 
     `names` adds the foreign names to the message.
     """
-    _check_shapes(shapes(spec), {name: tuple(value.shape) for name, value in weights.items()}, names or {})
+    found = weights.shapes if isinstance(weights, Stored) else None
+    _check_shapes(
+        shapes(spec), found or {name: tuple(value.shape) for name, value in weights.items()}, names or {}
+    )
 
 
 def _check_shapes(
@@ -103,7 +106,28 @@ def _some(items: list[str]) -> str:
     return "; ".join(items[:SHOWN]) + more
 
 
-def read(folder: str | os.PathLike, spec: ModelSpec, family: Family) -> Weights:
+class Stored(Mapping[str, np.ndarray]):
+    """Weights in files that stay open: an array is read when it is asked for, and not held here.
+
+    `shapes` says their shapes without reading.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Any], foreign: Mapping[str, str], shapes: dict[str, tuple[int, ...]]
+    ):
+        self.files, self.foreign, self.shapes = files, foreign, shapes
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
+        return self.files[name].get_tensor(self.foreign[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read(folder: str | os.PathLike, spec: ModelSpec, family: Family) -> Stored:
     """The weights of a Hugging Face folder in the dtype they are stored in: one file, or shards with an index.
 
     Raises KvtwinError on missing, unexpected and misshapen tensors (all at once), on dtypes other than float32,
@@ -115,20 +139,19 @@ def read(folder: str | os.PathLike, spec: ModelSpec, family: Family) -> Weights:
     canonical = {foreign: name for name, foreign in names.items()}
     if spec.tied:
         canonical[family.head] = "head.weight"
-    weights: Weights = {}
-    found: dict[str, tuple[int, ...]] = {}
-    with _opened(folder) as files:
-        where = {foreign: file for file in files for foreign in file.keys() if not family.ignored(foreign)}
-        for foreign, file in where.items():
-            found[canonical.get(foreign, foreign)] = tuple(file.get_slice(foreign).get_shape())
-        expected = shapes(replace(spec, tied=False)) if spec.tied and "head.weight" in found else shapes(spec)
-        _check_shapes(expected, found, names)
-        _check_dtypes(where)
-        for foreign, file in where.items():
-            weights[canonical[foreign]] = file.get_tensor(foreign)
-    if spec.tied:
-        _drop_tied_head(weights, folder, family)
-    return {name: weights[name] for name in names}
+    files = _opened(folder)
+    where = {foreign: file for file in files for foreign in file.keys() if not family.ignored(foreign)}
+    found = {
+        canonical.get(foreign, foreign): tuple(file.get_slice(foreign).get_shape())
+        for foreign, file in where.items()
+    }
+    expected = shapes(replace(spec, tied=False)) if spec.tied and "head.weight" in found else shapes(spec)
+    _check_shapes(expected, found, names)
+    _check_dtypes(where)
+    held = {canonical[foreign]: file for foreign, file in where.items()}
+    if spec.tied and "head.weight" in held:
+        _check_tied_head(held, names, folder, family)
+    return Stored(held, names, shapes(spec))
 
 
 def _check_dtypes(where: Mapping[str, Any]) -> None:
@@ -140,35 +163,31 @@ def _check_dtypes(where: Mapping[str, Any]) -> None:
         )
 
 
-def _drop_tied_head(weights: Weights, folder: Path, family: Family) -> None:
-    head = weights.pop("head.weight", None)
-    if head is not None and not np.array_equal(head, weights["embed.weight"]):
+def _check_tied_head(held: Mapping[str, Any], names: Mapping[str, str], folder: Path, family: Family) -> None:
+    head = held["head.weight"].get_tensor(family.head)
+    if not np.array_equal(head, held["embed.weight"].get_tensor(names["embed.weight"])):
         raise KvtwinError(
             f"{folder}: {family.head} differs from the embeddings, though config.json says tie_word_embeddings\n"
             "expected them equal, or tie_word_embeddings false"
         )
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[list[Any]]:
+def _opened(folder: Path) -> list[Any]:
     """The safetensors files of a folder, mapped; errors of the format become KvtwinError with the file's path."""
     paths = _files(folder)
     path = paths[0]
     files = []
     try:
         for path in paths:
-            files.append(safe_open(path, framework="numpy").__enter__())
+            files.append(safe_open(path, framework="numpy"))
         _check_index(folder, paths, files)
-        yield files
     except SafetensorError as error:
         raise KvtwinError(
             f"{path} is not a whole safetensors file: {error}\nexpected an intact file: copy or download it again"
         ) from None
     except OSError as error:
         raise KvtwinError(f"{path} cannot be read: {error}") from None
-    finally:
-        for file in files:
-            file.__exit__(None, None, None)
+    return files
 
 
 def _files(folder: Path) -> list[Path]:

@@ -36,4 +36,4 @@ class Backend(Contract):
     ) -> TorchModel:
         self.check_dtype(dtype)
         check(spec, weights)
-        return TorchModel(spec, dict(weights), dtype, tokenizer or ByteTokenizer())
+        return TorchModel(spec, weights, dtype, tokenizer or ByteTokenizer())

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import array_api_compat.torch as xp
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +30,7 @@ def attention(
     layer: Layer,
     first: int,
     with_sums: bool,
+    whole: bool = False,
 ) -> tuple[
     Float[torch.Tensor, "batch kv_heads group tokens width"],
     Float[torch.Tensor, "batch kv_heads slots"] | None,
@@ -37,9 +38,10 @@ def attention(
     """The mixed values of each query and, if asked, what each slot received (mean over the group, sum over queries).
 
     The new tokens stand at slots `first`, `first + 1`, ...: a block of queries needs no slot beyond its own.
-    A query at position -1 gives 0. Fused unless a soft-cap, the sums or a gradient need the probabilities.
+    A query at position -1 gives 0. Fused unless a soft-cap, the sums or a gradient need the probabilities. `whole`: the
+    slots up to the last new token hold the positions from 0 on, in order, and the layer's window hides none of them.
     """
-    batch, kv_heads, group, tokens, head_dim = queries.shape
+    tokens = queries.shape[3]
     backward = torch.is_grad_enabled() and queries.requires_grad
     if backward and tokens > BLOCK:  # the probabilities of a block are made again when its gradient is due
         spans = [slice(start, start + BLOCK) for start in range(0, tokens, BLOCK)]
@@ -51,31 +53,83 @@ def attention(
             for span in spans
         ]  # fmt: skip
         return torch.cat([mixed for mixed, _ in pieces], dim=3), None
+    fused = layer.softcap is None and not with_sums and not backward
+    if fused and whole and (first == 0 or tokens == 1):
+        end = first + tokens
+        return _unmasked(queries, keys[:, :, :end], values[:, :, :end], layer.scale), None
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
     # Where the probabilities are made, a few arrays of their size live at once.
-    block = BLOCK if layer.softcap is None and sums is None else BLOCK // 8
+    block = BLOCK if fused else BLOCK // 8
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         end = first + stop
-        q = queries[..., start:stop, :].reshape(batch, kv_heads, group * (stop - start), head_dim)
-        k, v = keys[..., :end, :], values[..., :end, :]
+        q, k, v = queries[..., start:stop, :], keys[:, :, :end], values[:, :, :end]
         mask = attends(
             query_positions[:, None, start:stop, None], key_positions[:, :, None, :end], layer.window
         )
-        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, kv_heads, -1, end)
-        if layer.softcap is None and sums is None and not backward:
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
-        else:
-            logits = widened(q) @ widened(k).transpose(-1, -2) * layer.scale
-            if layer.softcap is not None:
-                logits = torch.tanh(logits / layer.softcap) * layer.softcap
-            weights = softmax(xp, logits, mask)
-            out = (weights @ widened(v)).to(q.dtype)
-            if sums is not None:
-                sums[..., :end] += weights.sum(dim=2) / group
-        mixed[..., start:stop, :] = out.reshape(batch, kv_heads, group, stop - start, -1)
+        if fused:
+            mixed[..., start:stop, :] = _fused(q, k, v, mask, layer.scale)
+            continue
+        mixed[..., start:stop, :], weights = _weighted(q, k, v, mask, layer)
+        if sums is not None:
+            sums[..., :end] += weights.sum(dim=2) / layer.group
     return mixed, sums
+
+
+def _unmasked(
+    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
+    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
+    v: Float[torch.Tensor, "batch kv_heads slots width"],
+    scale: float,
+) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
+    """One token over all slots, or as many tokens as slots, each over those up to its own."""
+    if q.shape[3] == 1:
+        return functional.scaled_dot_product_attention(q[..., 0, :], k, v, scale=scale)[..., None, :]
+    out = functional.scaled_dot_product_attention(*_lanes(q, k, v), is_causal=True, scale=scale)
+    return out.view(*q.shape[:-1], -1)
+
+
+def _lanes(
+    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
+    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
+    v: Float[torch.Tensor, "batch kv_heads slots width"],
+) -> list[torch.Tensor]:
+    """Queries, keys and values [lanes group ...] by kv head: the group shares keys that lie in memory once."""
+    group = q.shape[2]
+    shared = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    return [q.flatten(0, 1), *shared]
+
+
+def _fused(
+    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
+    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
+    v: Float[torch.Tensor, "batch kv_heads slots width"],
+    mask: Bool[torch.Tensor, "batch kv_heads tokens slots"],
+    scale: float,
+) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
+    if q.shape[3] == 1:
+        out = functional.scaled_dot_product_attention(q[..., 0, :], k, v, attn_mask=mask, scale=scale)
+        return out[..., None, :]
+    every = mask.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1)
+    out = functional.scaled_dot_product_attention(*_lanes(q, k, v), attn_mask=every, scale=scale)
+    return out.view(*q.shape[:-1], -1)
+
+
+def _weighted(
+    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
+    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
+    v: Float[torch.Tensor, "batch kv_heads slots width"],
+    mask: Bool[torch.Tensor, "batch kv_heads tokens slots"],
+    layer: Layer,
+) -> tuple[torch.Tensor, Float[torch.Tensor, "batch kv_heads rows slots"]]:
+    """What the queries mix, and by which weights; the queries of a group stand one behind the other in `rows`."""
+    logits = widened(q.flatten(2, 3)) @ widened(k).transpose(-1, -2) * layer.scale
+    if layer.softcap is not None:
+        logits = torch.tanh(logits / layer.softcap) * layer.softcap
+    every = mask[:, :, None].expand(-1, -1, layer.group, -1, -1).flatten(2, 3)
+    weights = softmax(xp, logits, every)
+    return (weights @ widened(v)).to(q.dtype).view(*q.shape[:-1], -1), weights
 
 
 def coded_attention(

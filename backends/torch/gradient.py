@@ -13,7 +13,7 @@ from backends.torch.convert import to_numpy, to_torch, widened
 from backends.torch.pages import opened
 from backends.torch.rope import next_positions
 from framework.policies.window import Window
-from framework.rope import check_reach
+from framework.rope import check_reach, ropes
 
 if TYPE_CHECKING:
     from backends.torch.model import TorchModel
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 def gradients(model: "TorchModel", host: np.ndarray, cache: TorchCache) -> list[np.ndarray]:
     """See `framework.backend.Model.gradients`. Zeros are added to what attention gives, and differentiated by."""
     before, after = cache.seen, cache.admit((host >= 0).sum(1))
-    for layer in model.spec.layers:
-        if layer.rope is not None:
-            check_reach(layer.rope, int(after.max()) - 1, cache.length)
-            model.tables.grow(layer.rope, cache.length, int(after.max()))
+    for rope in ropes(model.spec):
+        check_reach(rope, int(after.max()) - 1, cache.length)
+        model.tables.grow(rope, cache.length, int(after.max()))
     with torch.inference_mode(False), torch.enable_grad():
         tokens, start, seen, question = (
             to_torch(x, device=model.device) for x in (host, before, after, cache.question)
@@ -62,5 +61,17 @@ def _layer(
     silent = replace(cache, layers=layers, policy=Window(reposition=cache.policy.repositions))
     block = model.decoder.layers[index]
     new = next_positions(tokens >= 0, start)
-    y, _, _ = model._attend(block, index, x, tokens, new, start, rows, silent, single=False, phase="pass")
+    y, _, _ = model._attend(
+        block,
+        index,
+        x,
+        tokens,
+        new,
+        model.turns(new, silent),
+        start,
+        rows,
+        silent,
+        single=False,
+        phase="pass",
+    )
     return model._rest(block, index, x, y + added)

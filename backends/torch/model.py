@@ -1,7 +1,7 @@
 """The decoder in torch: modules with canonical parameter names, and the step that drives cache and policy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +18,26 @@ from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
 from backends.torch.gradient import gradients
 from backends.torch.layer import Finish, LayerCache
+from backends.torch.linear import Linear, Wide, joined
 from backends.torch.pages import PagedLayer, closed, opened
-from backends.torch.rope import Tables, next_positions
+from backends.torch.rope import Tables, next_positions, turned
 from framework.arrays import FAR, spread
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec, Side, decoded
 from framework.coding import SIDES, Coded, paged_parts, refused, stored, uncoded
 from framework.errors import KvtwinError
 from framework.eviction import measured, noted, slot_memory, streamed
+from framework.fused import fused
 from framework.groups import Call, Exact, asked, exact_of, fixed_rows, tables_layout
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
-from framework.rope import check_reach
+from framework.rope import check_reach, ropes
 from framework.shapes import EMPTY
 from framework.snapshot import Snapshot
-from framework.spec import Layer, ModelSpec
+from framework.spec import Layer, ModelSpec, Rope
 from framework.tokenizer import Tokenizer
 
 Tap = Callable[[str, torch.Tensor], None]
+Turn = tuple[torch.Tensor, torch.Tensor]
 
 
 class RmsNorm(nn.Module):
@@ -46,63 +49,71 @@ class RmsNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
-        wide = widened(x)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (widened(self.weight) + self.offset)).to(x.dtype)
+        weight = widened(self.weight) + self.offset if self.offset else widened(self.weight)
+        return functional.rms_norm(widened(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Projections of one layer; what happens between them is the cache's and `attention`'s."""
 
-    def __init__(self, spec: ModelSpec, layer: Layer):
+    def __init__(self, spec: ModelSpec, layer: Layer, cores: int):
         super().__init__()
-        wide, narrow = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        self.query = nn.Linear(spec.dim, wide, bias=spec.qkv_bias)
-        self.key = nn.Linear(spec.dim, narrow, bias=spec.qkv_bias)
-        self.value = nn.Linear(spec.dim, narrow, bias=spec.qkv_bias)
-        self.output = nn.Linear(wide, spec.dim, bias=spec.output_bias)
+        self.layer = layer
+        rows = layer.kv_heads * (layer.group + 2) * layer.head_dim
+        self.query_key_value = Linear(spec.dim, rows, spec.qkv_bias, cores)
+        self.output = Linear(layer.heads * layer.head_dim, spec.dim, spec.output_bias, cores)
         if spec.query_key_norm:
             self.query_norm = RmsNorm(layer.head_dim, spec.norm_eps, spec.norm_offset)
             self.key_norm = RmsNorm(layer.head_dim, spec.norm_eps, spec.norm_offset)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [.. kv_heads group head_dim], keys and values [.. kv_heads head_dim] of what is joined on the last
+        axis."""
+        heads = x.unflatten(-1, (self.layer.kv_heads, self.layer.group + 2, self.layer.head_dim))
+        return heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
 
 
 class FeedForward(nn.Module):
     """Gated feed-forward (arXiv 2002.05202)."""
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, cores: int):
         super().__init__()
-        self.gate = nn.Linear(spec.dim, spec.ffn, bias=spec.ffn_bias)
-        self.up = nn.Linear(spec.dim, spec.ffn, bias=spec.ffn_bias)
-        self.down = nn.Linear(spec.ffn, spec.dim, bias=spec.ffn_bias)
+        self.gate_up = Wide(spec.dim, 2 * spec.ffn, spec.ffn_bias, cores, least=2)
+        self.down = Linear(spec.ffn, spec.dim, spec.ffn_bias, cores)
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x).chunk(2)
+        return self.down(joined(self.activation(gate) * up))
 
 
 class DecoderLayer(nn.Module):
     """One layer of the decoder."""
 
-    def __init__(self, spec: ModelSpec, layer: Layer):
+    def __init__(self, spec: ModelSpec, layer: Layer, cores: int):
         super().__init__()
         self.attention_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
-        self.attention = Attention(spec, layer)
+        self.attention = Attention(spec, layer, cores)
         self.ffn_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
-        self.ffn = FeedForward(spec)
+        self.ffn = FeedForward(spec, cores)
         if spec.post_norms:
             self.attention_post_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
             self.ffn_post_norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head."""
+    """Embedding, layers, final norm and head, for a machine with so many cores."""
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, cores: int):
         super().__init__()
-        self.embed = nn.Embedding(spec.vocab, spec.dim)
-        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in spec.layers)
+        self.table = None if spec.tied else nn.Embedding(spec.vocab, spec.dim)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer, cores) for layer in spec.layers)
         self.norm = RmsNorm(spec.dim, spec.norm_eps, spec.norm_offset)
-        self.head = None if spec.tied else nn.Linear(spec.dim, spec.vocab, bias=False)
+        self.head = Wide(spec.dim, spec.vocab, False, cores)
+
+    def embed(self, tokens: Int[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes dim"]:
+        """The embedding of each token."""
+        return self.head.rows(tokens) if self.table is None else self.table(tokens)
 
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh")}
@@ -115,13 +126,21 @@ def no_tap(name: str, value: torch.Tensor) -> None:
 class TorchModel(Model):
     """A decoder in torch, run eagerly over a dynamic cache."""
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
         self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kind = DTYPES[dtype]
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         with torch.device("meta"):
-            self.decoder = Decoder(spec)
-        tensors = {key: to_torch(value, self.kind, self.device) for key, value in weights.items()}
+            self.decoder = Decoder(spec, cores)
+        embed = "head.weight" if spec.tied else "table.weight"
+        tensors = {}
+        for key, value in fused(spec, weights):
+            own = embed if key == "embed.weight" else key
+            module = self.decoder.get_submodule(own.rpartition(".")[0])
+            tensor = to_torch(value, self.kind, self.device)
+            turned_over = isinstance(module, Wide) and own.endswith(".weight")
+            tensors[own] = module.held(tensor) if turned_over else tensor
         self.decoder.load_state_dict(tensors, assign=True)
         self.decoder.requires_grad_(False)
         self.tables = Tables(self.kind, self.device)
@@ -226,10 +245,9 @@ class TorchModel(Model):
         """`run` on tensors; `host` is the same tokens in NumPy."""
         spec, policy = self.spec, cache.policy
         after = cache.admit((host >= 0).sum(1))
-        for layer in spec.layers:
-            if layer.rope is not None:
-                check_reach(layer.rope, int(after.max()) - 1, cache.length)
-                self.tables.grow(layer.rope, cache.length, int(after.max()) + policy.needs.ahead)
+        for rope in ropes(spec):
+            check_reach(rope, int(after.max()) - 1, cache.length)
+            self.tables.grow(rope, cache.length, int(after.max()) + policy.needs.ahead)
         cache.consume()
         given = cache
         restorable = [] if cache.codec.exact else [layer.restorable() for layer in cache.layers]
@@ -240,6 +258,7 @@ class TorchModel(Model):
         )
         rows = {"seen": seen, "question": question}
         positions = next_positions(real, before)
+        turns = self.turns(positions, cache)
         recent = cache.codec.recent
         complete = bool(recent) and bool((cache.row_seen // recent < after // recent).any())
         cache.row_seen = after
@@ -260,7 +279,20 @@ class TorchModel(Model):
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
             y, view, call = self._attend(
-                block, index, x, tokens, positions, before, rows, cache, single, phase, tap, slope, unfit
+                block,
+                index,
+                x,
+                tokens,
+                positions,
+                turns,
+                before,
+                rows,
+                cache,
+                single,
+                phase,
+                tap,
+                slope,
+                unfit,
             )
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
@@ -283,6 +315,13 @@ class TorchModel(Model):
             raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
         return self._logits(x, real, logits, tap), cache
 
+    def turns(self, positions: Int[torch.Tensor, "batch tokens"], cache: TorchCache) -> dict[Rope, Turn]:
+        """What turns the queries and keys of these positions, [batch 1 tokens half] by rope; nothing where the cache
+        holds keys that are not rotated."""
+        if cache.policy.repositions:
+            return {}
+        return {rope: self.tables.at(positions[:, None], rope, cache.length) for rope in ropes(self.spec)}
+
     def _attend(
         self,
         block: DecoderLayer,
@@ -290,6 +329,7 @@ class TorchModel(Model):
         x: Float[torch.Tensor, "batch tokens dim"],
         ids: Int[torch.Tensor, "batch tokens"],
         positions: Int[torch.Tensor, "batch tokens"],
+        turns: Mapping[Rope, Turn],
         before: Int[torch.Tensor, "batch"],
         rows: dict[str, Int[torch.Tensor, "batch"]],
         cache: TorchCache,
@@ -302,7 +342,7 @@ class TorchModel(Model):
         """Append the tokens to one layer and attend; returns the layer's attention output, the policy's view, and what
         was appended, as it is stored.
 
-        `before`: what the rows had seen. `unfit` is given which heads made what cannot be coded.
+        `turns`: see there. `before`: what the rows had seen. `unfit` is given which heads made what cannot be coded.
         """
         at, attn, layer, held = (
             f"layers.{index}",
@@ -310,24 +350,23 @@ class TorchModel(Model):
             self.spec.layers[index],
             cache.layers[index],
         )
-        policy, (batch, tokens) = cache.policy, positions.shape
+        policy, tokens = cache.policy, positions.shape[1]
         h = block.attention_norm(x)
         tap(f"{at}.attention_norm", h)
-        q = attn.query(h).view(batch, tokens, layer.heads, layer.head_dim)
-        k = attn.key(h).view(batch, tokens, layer.kv_heads, layer.head_dim)
-        v = attn.value(h).view(batch, tokens, layer.kv_heads, layer.head_dim)
+        q, k, v = attn.split(attn.query_key_value(h))
         if self.spec.query_key_norm:
             q, k = attn.query_norm(q), attn.key_norm(k)
-        for key, value in (("query", q), ("key", k), ("value", v)):
-            tap(f"{at}.attention.{key}", value)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        raw, plain = q.unflatten(1, (layer.kv_heads, layer.group)), k
-        if layer.rope is not None and not policy.repositions:
-            q = self.tables.rotate(q, positions[:, None], layer.rope, cache.length)
-            k = self.tables.rotate(k, positions[:, None], layer.rope, cache.length)
-        tap(f"{at}.attention.query_rotated", q.transpose(1, 2))
-        tap(f"{at}.attention.key_rotated", k.transpose(1, 2))
-        grouped = q.unflatten(1, (layer.kv_heads, layer.group))
+        if tap is not no_tap:
+            for key, value in (("query", q.flatten(2, 3)), ("key", k), ("value", v)):
+                tap(f"{at}.attention.{key}", value)
+        raw, plain, v = q.movedim(1, 3), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = raw, plain
+        if layer.rope in turns:
+            cos, sin = turns[layer.rope]
+            q, k = turned(q, cos[:, None], sin[:, None]), turned(k, cos, sin)
+        if tap is not no_tap:
+            tap(f"{at}.attention.query_rotated", q.movedim(3, 1).flatten(2, 3))
+            tap(f"{at}.attention.key_rotated", k.transpose(1, 2))
         start = {
             key: ids[:, None] if key == "tokens" else value for key, value in slot_memory(policy).items()
         }
@@ -346,15 +385,15 @@ class TorchModel(Model):
             first = 0 if isinstance(held, PagedLayer) else held.fill
             held.append(made, positions, start)
         if phase != "pass":
-            held.observe(grouped, positions)
+            held.observe(q, positions)
         exact = None
         if not held.codec.exact and (held.codec.recent or policy.needs.sums or isinstance(held, PagedLayer)):
             exact = exact_of(xp, held.codec, held.tables, held.positions, call)
         finish = self._finish(block, layer, cache)
         if isinstance(held, PagedLayer):
-            mixed, sums = self._mixed_in_pages(held, grouped, new, exact, positions, cache, finish)
+            mixed, sums = self._mixed_in_pages(held, q, new, exact, positions, cache, finish)
         else:
-            mixed, sums = self._mixed(held, grouped, new, exact, first, positions, before, cache, finish)
+            mixed, sums = self._mixed(held, q, new, exact, first, positions, before, cache, finish)
         view = held.view(
             policy,
             sums,
@@ -377,7 +416,7 @@ class TorchModel(Model):
                 view = streamed(policy, view, part)
             held.remember(noted(policy, view).memory, (positions >= 0).any(1))
             view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
-        mixed = mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+        mixed = mixed.movedim(3, 1).flatten(2)
         tap(f"{at}.attention.mixed", mixed)
         y = attn.output(mixed)
         tap(f"{at}.attention.output", y)
@@ -391,7 +430,7 @@ class TorchModel(Model):
         positions: Int[torch.Tensor, "batch heads slots"],
     ) -> Float[torch.Tensor, "batch kv_heads slots head_dim"]:
         """The key bias of a layer at these positions, rotated where keys are stored rotated."""
-        own = block.attention.key.bias.view(1, layer.kv_heads, 1, layer.head_dim)
+        own = block.attention.split(block.attention.query_key_value.bias)[1][None, :, None]
         every = own.expand(positions.shape[0], -1, positions.shape[-1], -1)
         if layer.rope is None or cache.policy.repositions or cache.codec.unrotated:
             return every
@@ -453,7 +492,10 @@ class TorchModel(Model):
 
         if codec.exact:
             values = held.streams["values"]
-            return attention(queries, keys, values, positions, held.positions, layer, first, sums)
+            # Without padding and evictions the slots hold 0, 1, 2, ...; whether they do is known without reading them.
+            whole = (first == 0 or held.limit is None) and bool((cache.row_seen == held.fill).all())
+            whole = whole and (layer.window is None or held.fill <= layer.window)
+            return attention(queries, keys, values, positions, held.positions, layer, first, sums, whole)
         coded = Coded(
             codec,
             xp,
@@ -559,8 +601,7 @@ class TorchModel(Model):
             real = real.any(1, keepdim=True)
         x = self.decoder.norm(x)
         tap("norm", x)
-        weight = self.decoder.embed.weight if self.decoder.head is None else self.decoder.head.weight
-        out = functional.linear(x, weight)
+        out = joined(self.decoder.head(x))
         if self.spec.logit_softcap is not None:
             out = torch.tanh(out / self.spec.logit_softcap) * self.spec.logit_softcap
         tap("logits", out)

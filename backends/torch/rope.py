@@ -35,6 +35,14 @@ class Tables:
         wide = torch.promote_types(self.dtype, torch.float32)
         self.tables[rope, length] = to_torch(cos, wide, self.device), to_torch(sin, wide, self.device)
 
+    def at(
+        self, positions: Int[torch.Tensor, "*axes"], rope: Rope, length: int | None
+    ) -> tuple[Float[torch.Tensor, "*axes half"], Float[torch.Tensor, "*axes half"]]:
+        """cos and sin of these positions, in >= float32; -1 has those of 0."""
+        cos, sin = self.tables[rope, length]
+        where = positions.clamp(min=0).long()
+        return cos[where], sin[where]
+
     def rotate(
         self,
         x: Float[torch.Tensor, "batch *heads tokens head_dim"],
@@ -42,14 +50,18 @@ class Tables:
         rope: Rope,
         length: int | None,
     ) -> Float[torch.Tensor, "batch *heads tokens head_dim"]:
-        """Turn channel i with channel i + half by the angle of each position; -1 turns as 0. Computed in >= float32."""
-        cos_table, sin_table = self.tables[rope, length]
-        where = positions.clamp(min=0).long()
-        cos, sin = cos_table[where], sin_table[where]
-        half = cos.shape[-1]
-        wide = widened(x)
-        a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+        """`turned` by the angle of each position."""
+        return turned(x, *self.at(positions, rope, length))
+
+
+def turned(
+    x: Float[torch.Tensor, "*axes head_dim"], cos: torch.Tensor, sin: torch.Tensor
+) -> Float[torch.Tensor, "*axes head_dim"]:
+    """Channel i turned with channel i + half, the others as they are. Computed in >= float32."""
+    half = cos.shape[-1]
+    wide = widened(x)
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def next_positions(

@@ -1,6 +1,7 @@
 """Weights on disk: bit-equal round trips in every dtype, shards, and every way in which a folder can be wrong."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,21 @@ from transformers import AutoModelForCausalLM
 from framework.errors import KvtwinError
 from framework.family import families
 from framework.spec import ModelSpec
-from framework.weights import INDEX, SINGLE, Weights, check, random_weights, read, shapes, write
+from framework.weights import INDEX, SINGLE, Stored, Weights, check, random_weights, read, shapes, write
 from tests.tiny import FAMILIES, huggingface, huggingface_logits, tiny_config, tiny_model, tiny_tokens
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 HEAD = "lm_head.weight"
 
 
-def _assert_equal(found: Weights, expected: Weights) -> None:
+def _assert_equal(found: Mapping[str, np.ndarray], expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
-def _read(folder: Path, spec: ModelSpec) -> Weights:
+def _read(folder: Path, spec: ModelSpec) -> Stored:
     return read(folder, spec, families.get(spec.family)())
 
 
@@ -306,3 +307,16 @@ def test_random_weights_follow_the_seed_and_not_the_dtype() -> None:
         {name: value.astype(ml_dtypes.bfloat16) for name, value in weights.items()},
     )
     assert (random_weights(spec, 1)["embed.weight"] != weights["embed.weight"]).all()
+
+
+def test_what_is_stored_is_read_when_asked_for_and_not_held(
+    folder: Path, untied: tuple[ModelSpec, Weights]
+) -> None:
+    spec, weights = untied
+    stored = _read(folder, spec)
+    name = "layers.0.ffn.up.weight"
+    first = stored[name]
+    first += 1
+    np.testing.assert_array_equal(stored[name], weights[name])
+    assert list(stored) == list(shapes(spec))
+    assert stored.shapes == {key: value.shape for key, value in weights.items()}
