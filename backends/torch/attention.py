@@ -86,7 +86,8 @@ def _unmasked(
     """One token over all slots, or as many tokens as slots, each over those up to its own."""
     if q.shape[3] == 1:
         return functional.scaled_dot_product_attention(q[..., 0, :], k, v, scale=scale)[..., None, :]
-    out = functional.scaled_dot_product_attention(*_lanes(q, k, v), is_causal=True, scale=scale)
+    lanes, k, v = _lanes(q, k, v)
+    out = functional.scaled_dot_product_attention(lanes, k, v, is_causal=True, scale=scale)
     return out.view(*q.shape[:-1], -1)
 
 
@@ -94,11 +95,10 @@ def _lanes(
     q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
     k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
     v: Float[torch.Tensor, "batch kv_heads slots width"],
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values [lanes group ...] by kv head: the group shares keys that lie in memory once."""
-    group = q.shape[2]
-    shared = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    return [q.flatten(0, 1), *shared]
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for x in (k, v))
+    return q.flatten(0, 1), k, v
 
 
 def _fused(
@@ -112,7 +112,8 @@ def _fused(
         out = functional.scaled_dot_product_attention(q[..., 0, :], k, v, attn_mask=mask, scale=scale)
         return out[..., None, :]
     every = mask.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1)
-    out = functional.scaled_dot_product_attention(*_lanes(q, k, v), attn_mask=every, scale=scale)
+    lanes, k, v = _lanes(q, k, v)
+    out = functional.scaled_dot_product_attention(lanes, k, v, attn_mask=every, scale=scale)
     return out.view(*q.shape[:-1], -1)
 
 

@@ -361,7 +361,7 @@ class TorchModel(Model):
                 tap(f"{at}.attention.{key}", value)
         raw, plain, v = q.movedim(1, 3), k.transpose(1, 2), v.transpose(1, 2)
         q, k = raw, plain
-        if layer.rope in turns:
+        if layer.rope is not None and turns:
             cos, sin = turns[layer.rope]
             q, k = turned(q, cos[:, None], sin[:, None]), turned(k, cos, sin)
         if tap is not no_tap:
