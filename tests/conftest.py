@@ -11,12 +11,12 @@ import pytest
 # Read by the libraries when they are first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Unoptimised XLA compiles in half the time; `make test-slow` runs the optimised code.
+# Unoptimised XLA compiles in half the time, and its older emitters in half of that; `make test-slow` runs what users run,
+# but that a function is one piece of code instead of 32, which for small ones takes longer to make.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    # XLA's older emitters, into one piece of code instead of 32, compile in half of that time again.
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # The tensors of tests are tiny: handing them to a second thread takes ten times as long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
