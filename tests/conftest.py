@@ -11,8 +11,8 @@ import pytest
 # Read by the libraries when they are first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Unoptimised XLA compiles in half the time, and its older emitters in half of that; `make test-slow` runs what users run,
-# but that a function is one piece of code instead of 32, which for small ones takes longer to make.
+# Unoptimised XLA compiles in half the time, and its older emitters in half of that; `make test-slow` runs what users
+# run, but that a function is one piece of code instead of 32, which for small ones takes longer to make.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
