@@ -256,10 +256,10 @@ def window_off_by_one_in_eviction(patch: Patch) -> None:
 
 
 def rope_off_by_one(patch: Patch) -> None:
-    def fault(rotate: Any, self: Any, x: Any, positions: Any, *rest: Any) -> Any:
-        return rotate(self, x, positions + 1, *rest)
+    def fault(at: Any, self: Any, positions: Any, *rest: Any) -> Any:
+        return at(self, positions + 1, *rest)
 
-    method(patch, backends.torch.rope.Tables, "rotate", fault)
+    method(patch, backends.torch.rope.Tables, "at", fault)
 
 
 def rank_off_by_one(patch: Patch) -> None:
@@ -322,6 +322,10 @@ def scale_forgotten(patch: Patch) -> None:
     wrapped(patch, backends.torch.model, "attention", fault)
 
 
+def slots_taken_for_whole(patch: Patch) -> None:
+    wrapped(patch, backends.torch.model, "attention", lambda attention, *rest: attention(*rest[:-1], True))
+
+
 def padding_pushes_queries_out(patch: Patch) -> None:
     def fault(observe: Any, self: LayerCache, queries: Any, positions: Any) -> None:
         if self.queries is None:
@@ -382,6 +386,9 @@ MUTANTS = {
     ),
     "rope position off by one": Mutant(
         rope_off_by_one, taps, "full()", "prompt: layers.0.attention.query_rotated"
+    ),
+    "slots taken for whole": Mutant(
+        slots_taken_for_whole, taps, "full()", "prompt: layers.0.attention.mixed"
     ),
     "reposition rank off by one": Mutant(
         rank_off_by_one, taps, REPOSITION, "prompt: layers.0.attention.mixed"
