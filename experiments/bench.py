@@ -154,6 +154,8 @@ def _report(place: Path, command: str | None) -> None:
         console.print(bench_report.machine_line(rows), style="bold", markup=False)
         console.print(bench_report.versions_line(rows), markup=False)
         console.print(bench_report.table(found))
+        for line in bench_report.notes(found):
+            console.print(line, markup=False)
     for kind in ("decode", "prefill"):
         path = place / f"bench-{kind}.png"
         if bench_report.plot(found, path, kind, bench_report.machine_line(rows)):

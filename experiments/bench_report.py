@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100  # columns, where the output is no terminal
-COLUMNS = ("what", "engine", "time", "tokens/s", "times as fast as", "limit", "compile", "note")
+COLUMNS = ("what", "engine", "time", "tokens/s", "speed", "of rounds", "over", "limit", "compile")
+LEFT = ("what", "engine", "over")
 COLOURS = {
     "torch": "tab:orange",
     "flax": "tab:blue",
@@ -53,7 +54,7 @@ def table(results: Sequence[Result]) -> "Table":
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         made.add_column(
-            column, justify="right" if column in ("time", "tokens/s", "limit", "compile") else "left"
+            column, justify="left" if column in LEFT else "right", no_wrap=column != "what", overflow="fold"
         )
     before = None
     for result in results:
@@ -68,18 +69,18 @@ def table(results: Sequence[Result]) -> "Table":
 
 
 def cells(result: Result) -> list[str]:
-    """A row of the table."""
-    speed = "" if result.speed is None else f"{spread(result.speed)} {other(result)}"
-    rate = result.tokens_per_second
+    """A row of the table. `speed`: how many times as fast as `over`, the median of the rounds."""
+    speed, rate = result.speed, result.tokens_per_second
     return [
         what(result.case),
         result.engine,
-        "" if result.seconds is None else duration(result.seconds.median),
+        "failed" if result.seconds is None else duration(result.seconds.median),
         "" if rate is None else digits(rate),
-        speed,
+        "" if speed is None else f"{speed.median:.2f}",
+        "" if speed is None else f"{speed.least:.2f}-{speed.most:.2f}",
+        other(result),
         "" if result.limit is None else f"{result.limit.median:.2f}",
         "" if result.compiled is None or result.compiled < 0.5 else f"{result.compiled:.1f} s",
-        note(result),
     ]
 
 
@@ -89,20 +90,25 @@ def what(case: Case) -> str:
 
 
 def other(result: Result) -> str:
-    """What a result is compared with, as short as it can be said."""
+    """What a result is compared with: its engine, or the context where that is the difference."""
     engine, _, case = (result.over or "").partition(": ")
-    case = case.replace(f" {result.case.model}", "")
-    same = case == what(result.case)
-    if engine == result.engine:
-        return case
-    return engine if same or case.split()[:2] == what(result.case).split()[:2] else f"{engine} {case}"
+    return f"at {case.split()[2]}" if engine == result.engine else engine
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader has to know beside the table."""
+    return [f"{each.engine}, {what(each.case)}: {text}" for each in results if (text := note(each))]
 
 
 def note(result: Result) -> str:
     """What a reader has to know of the numbers."""
-    words = [f"moved in {result.moved} of {result.rounds}"] if result.moved else []
+    words = []
+    if result.moved:
+        words.append(
+            f"the bandwidth moved in {result.moved} of {result.rounds} rounds, every time they were tried"
+        )
     if result.memory is not None and result.over and result.over.startswith(f"{result.engine}: "):
-        words.append(f"memory x{result.memory:.2f}")
+        words.append(f"{result.memory:.2f} of the memory {other(result)}")
     if "load" in result.parts:
         parts = result.parts
         words.append(
@@ -142,6 +148,7 @@ def markdown(results: Sequence[Result], rows: Sequence[Row], command: str) -> st
         )
         lines += [""]
     lines += _markdown(COLUMNS, [cells(each) for each in results])
+    lines += ["", *(f"- {each}" for each in notes(results))]
     return "\n".join(lines)
 
 

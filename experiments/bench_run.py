@@ -53,15 +53,15 @@ class Bench:
             self.workers.end(list(self.workers.running))
 
     def _group(self, entries: Group, number: str) -> None:
-        lacking = [each for each in entries if self._left([each], entries)]
-        if not lacking:
+        if not self._left(entries, entries):
             return
         say(f"{number} {title(entries)}")
         self.workers.keep([each.engine for each in entries])
-        ready = self._prepared(lacking, entries)
+        lacking = [each for each in entries if self._left([each], entries)]
         others = [each for each in entries if each not in lacking]
+        ready = self._prepared(lacking, entries)
         # Where only engines that fail again lack rounds, nothing is left to do.
-        if not ready and not self._left(others, entries):
+        if not self._left([*ready, *others], entries):
             return
         ready |= self._prepared(others, entries)
         going = [each for each in entries if each in ready]
@@ -83,12 +83,13 @@ class Bench:
         """What the first block of each entry told, which does not count; without those that failed."""
         found = {}
         self.reading = None
+        first = min(self._left(group, group), default=0)
         for entry in entries:
             begun = time.perf_counter()
             try:
                 found[entry] = self._first(entry)
             except Failed as error:
-                self._failed(self._blank(entry, group, min(self._left([entry], group), default=0)), error)
+                self._failed(self._blank(entry, group, first), error)
             else:
                 say(f"   {entry}: ready after {time.perf_counter() - begun:.1f} s")
         return found

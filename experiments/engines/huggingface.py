@@ -28,7 +28,6 @@ class HuggingFace(Program):
             raise ValueError(f"no kind of cache {kind!r}; expected one of {', '.join(KINDS)}")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        torch.set_grad_enabled(False)
         self.kind, self.torch, self.transformers = kind, torch, transformers
         self.model: Any = None
 
@@ -77,25 +76,31 @@ class HuggingFace(Program):
                     layer.cumulative_length.fill_(case.context)
             return self.torch.zeros(case.batch, 1, dtype=self.torch.long)
 
-        def work(token: Any) -> None:
-            for _ in range(case.steps):
-                token = self._forward(forward, token, cache)
+        def work(token: Any) -> Any:
+            with self.torch.no_grad():
+                for _ in range(case.steps):
+                    token = self._forward(forward, token, cache)
+            return cache
 
         size = sum(each.nbytes for pair in held for each in pair)
         return Block(work, fresh, {"cache_bytes": size})
 
     def _prefill(self, case: Case) -> Block:
         tokens = self._tokens(case)
-        return Block(
-            lambda cache: self._forward(self.model, tokens, cache), lambda: self._cache(case.context)
-        )
+
+        def work(cache: Any) -> Any:
+            with self.torch.no_grad():
+                return self._forward(self.model, tokens, cache)
+
+        return Block(work, lambda: self._cache(case.context))
 
     def _start(self, case: Case) -> Block:
         tokens = self._tokens(case)
 
         def work(_: Any) -> None:
             cache = self._cache(case.context + 1)
-            self._forward(self.model, self._forward(self.model, tokens, cache), cache)
+            with self.torch.no_grad():
+                self._forward(self.model, self._forward(self.model, tokens, cache), cache)
 
         return Block(work)
 

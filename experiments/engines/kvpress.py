@@ -32,7 +32,6 @@ class Kvpress(Program):
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        torch.set_grad_enabled(False)
         self.kvpress, self.torch, self.transformers = kvpress, torch, transformers
         self.model: Any = None
 
@@ -54,7 +53,7 @@ class Kvpress(Program):
         )
 
         def work(cache: Any) -> Any:
-            with press(self.model):
+            with self.torch.no_grad(), press(self.model):
                 return self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         return Block(work, self.transformers.DynamicCache)

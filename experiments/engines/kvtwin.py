@@ -40,7 +40,7 @@ class Kvtwin(Program):
 
     def _tokens(self, case: Case) -> np.ndarray:
         random = np.random.default_rng(0)
-        return random.integers(0, self.model.spec.vocab, (case.batch, case.context), dtype=np.int32)
+        return random.integers(0, self.model.spec.vocab, (case.batch, case.context))
 
     def _decode(self, case: Case) -> Block:
         cache = self._filled(case) if (case.policy, case.codec) == (FULL, FULL) else self._read(case)
@@ -86,10 +86,10 @@ class Kvtwin(Program):
     def _prefill(self, case: Case) -> Block:
         tokens, policy = self._tokens(case), resolved(policies.make(case.policy), case.context)
 
-        def work(cache: Cache) -> Cache:
-            _, cache = self.model.step(tokens, cache)
+        def work(cache: Cache) -> tuple[np.ndarray, Cache]:
+            logits, cache = self.model.step(tokens, cache)
             self.settle()
-            return cache
+            return logits[:, -1:].argmax(-1), cache
 
         return Block(work, lambda: self.model.cache(policy, case.codec, case.batch))
 
