@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from experiments import bench_report
-from experiments.bench_case import SUITES, Group
+from experiments.bench_case import SUITES, Group, title
 from experiments.bench_engine import METER, Engine, Failed, foreign_place, known, versions
 from experiments.bench_model import SHAPES, Subject, cache_folder, subject
 from experiments.bench_result import results
@@ -40,6 +40,9 @@ def command(
     engine: Annotated[
         list[str] | None,
         typer.Option(help=f"One of {', '.join(known())}; may be given several times. All by default."),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Of the suite, what has this text in its name, as in prefill.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Blocks of each engine, in turns.", min=1)] = 5,
     out: Annotated[
@@ -73,7 +76,7 @@ def command(
     if not report:
         make, usual = SUITES[suite]
         _measure(
-            chosen(make(model or usual), engine),
+            chosen(make(model or usual), engine, only),
             known(kvpress_python),
             rounds,
             place,
@@ -82,13 +85,15 @@ def command(
     _report(place, f"kvtwin bench --suite {suite}" if markdown else None)
 
 
-def chosen(groups: Sequence[Group], engines: Sequence[str] | None) -> list[Group]:
-    """The groups with these engines alone; None: all. Raises where one is not known."""
-    if engines is None:
-        return list(groups)
-    if unknown := sorted(set(engines) - set(known())):
+def chosen(groups: Sequence[Group], engines: Sequence[str] | None, only: str | None) -> list[Group]:
+    """The groups that have this text in their name, with these engines alone; None: all. Raises where none is left."""
+    if unknown := sorted(set(engines or ()) - set(known())):
         raise KvtwinError(f"no engine {', '.join(unknown)}; expected some of {', '.join(known())}")
-    some = [[entry for entry in group if entry.engine in engines] for group in groups]
+    named = [group for group in groups if only is None or only in title(group)]
+    some = [[entry for entry in group if engines is None or entry.engine in engines] for group in named]
+    if not any(some):
+        names = "\n".join(dict.fromkeys(title(group) for group in groups))
+        raise KvtwinError(f"nothing to measure for --only {only!r} on these engines; the suite has\n{names}")
     return [group for group in some if group]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # columns, where the output is no terminal
 COLUMNS = ("what", "engine", "time", "tokens/s", "speed", "of rounds", "over", "limit", "compile")
+BUSY = 0.2  # cores busy with something else that are worth a note
 LEFT = ("what", "engine", "over")
 COLOURS = {
     "torch": "tab:orange",
@@ -107,6 +108,8 @@ def note(result: Result) -> str:
         words.append(
             f"the bandwidth moved in {result.moved} of {result.rounds} rounds, every time they were tried"
         )
+    if result.others is not None and result.others >= BUSY:
+        words.append(f"other processes kept {result.others:.1f} cores busy")
     if result.memory is not None and result.over and result.over.startswith(f"{result.engine}: "):
         words.append(f"{result.memory:.2f} of the memory {other(result)}")
     if "load" in result.parts:

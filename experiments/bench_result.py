@@ -24,7 +24,7 @@ class Result:
     `seconds`: of a unit. `speed`: how many times as fast as the entry `over`, by the ratios of single rounds. `limit`:
     share of the bandwidth of the machine that the bytes of a decode step amount to. `memory`: bytes of the cache over
     those of `over`. `compiled`: seconds of the first block beyond a later one. `parts`: medians. `moved`: rounds in
-    which the bandwidth moved. `error`: the last one.
+    which the bandwidth moved; `others`: cores that anything else kept busy, the median. `error`: the last one.
     """
 
     group: str
@@ -39,6 +39,7 @@ class Result:
     compiled: float | None
     parts: Mapping[str, float]
     moved: int
+    others: float | None
     error: str | None
 
     @property
@@ -61,6 +62,7 @@ def _result(rows: list[Row], every: Mapping[tuple[str, str], list[Row]]) -> Resu
     errors = [row.error for row in rows if row.error is not None]
     base = [] if first.over is None else every.get((first.group, first.over), [])
     seconds = spread([row.seconds for row in good if row.seconds is not None])
+    busy = [row.others for row in good if row.others is not None]
     begun = [row.first_seconds for row in good if row.first_seconds is not None]
     return Result(
         group=first.group,
@@ -77,6 +79,7 @@ def _result(rows: list[Row], every: Mapping[tuple[str, str], list[Row]]) -> Resu
             key: statistics.median(row.parts[key] for row in good) for key in (good[0].parts if good else {})
         },
         moved=sum(row.moved for row in good),
+        others=statistics.median(busy) if busy else None,
         error=errors[-1] if errors else None,
     )
 

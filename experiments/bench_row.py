@@ -20,6 +20,7 @@ class Row:
     `over`: the entry that it is compared with. `seconds`: of one unit (a step of all rows, a prompt, a start).
     `first_seconds`: of the first block in its process, compilation included, per block. `bandwidth`: bytes per second
     that the machine read right before and right after; `moved`: these differ too much, and so they did in all `tries`.
+    `others`: cores that anything else kept busy meanwhile, on average; None of a block too short to tell.
     `step_bytes`: what a decode step has to read. `parts`: further numbers: `cache_bytes`; of a start the seconds
     `imports`, `load`, `first` and the bytes `resident` after the imports, `peak`, `weights`. `error`: why there is no
     number. `versions`: of what the engine runs on. `session`: when the run began that measured it; ratios are of one.
@@ -35,6 +36,7 @@ class Row:
     bandwidth: tuple[float, float] | None = None
     moved: bool = False
     tries: int = 1
+    others: float | None = None
     step_bytes: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None

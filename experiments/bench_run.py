@@ -16,6 +16,7 @@ from experiments.bench_row import Row
 from experiments.bench_worker import Workers
 
 MOVED = 0.1  # share of the bandwidth that may change during a block
+SHORT = 0.2  # seconds of a block in which the system's clock of busy cores ticks too seldom
 TRIES = 3  # of a block during which it changed by more
 
 Facts = dict[str, Any]
@@ -131,9 +132,15 @@ class Bench:
         return row
 
     def _timed(self, blank: Row, entry: Entry, facts: Facts) -> Row:
-        told = self.workers.running[entry.engine].ask("run", case=asdict(entry.case))
+        worker, begun = self.workers.running[entry.engine], time.perf_counter()
+        before = worker.ticks()
+        told = worker.ask("run", case=asdict(entry.case))
+        after, seconds = worker.ticks(), time.perf_counter() - begun
         return replace(
             blank,
+            others=max(0.0, after[1] - before[1]) / seconds
+            if before and after and seconds >= SHORT
+            else None,
             seconds=told["seconds"] / entry.case.units,
             first_seconds=facts["seconds"],
             parts=facts["facts"],

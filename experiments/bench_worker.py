@@ -18,6 +18,7 @@ from experiments.bench_engine import ROOT, Engine, Failed, environment
 
 PATIENCE = 1800.0  # seconds until an engine counts as hung
 GRACE = 2.0  # seconds to end by itself
+TICKS = os.sysconf("SC_CLK_TCK")
 READINGS = 5  # sums in a reading of the bandwidth
 
 
@@ -94,6 +95,16 @@ class Worker:
             return None
         found = [line.split()[1] for line in status.splitlines() if line.startswith(_field(peak))]
         return 1024 * int(found[0]) if found else None
+
+    def ticks(self) -> tuple[float, float] | None:
+        """Seconds of cores that it and that anything else took so far; None where the system does not say."""
+        try:
+            every = [int(each) for each in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+            own = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        mine, idle = sum(int(each) for each in own[11:13]), every[3] + every[4]
+        return mine / TICKS, (sum(every) - idle - mine) / TICKS
 
     def close(self) -> None:
         """End it."""

@@ -98,6 +98,7 @@ def test_blocks_come_in_turns_after_a_first_one_that_does_not_count(made, said, 
         assert row.case == CASE
         assert 0 < row.seconds < row.first_seconds + 1
         assert (row.bandwidth, row.moved, row.tries, row.error) == ((100.0, 100.0), False, 1, None)
+        assert row.others is None  # too short to tell
         assert row.parts == {"cache_bytes": 40.0, "bytes": 1e6}
         assert (row.machine, row.versions, row.session) == (HERE, {"python": "1.2"}, "first")
 
@@ -326,7 +327,7 @@ def test_targets_on_results():
     case = Case("decode", "m", 128)
     base = Result(
         "g", case, "flax", f"hf-dynamic: {case}", 5, Spread(1, 1, 1), Spread(2.5, 2, 3), Spread(0.7, 0.6, 0.8),
-        None, None, {}, 0, None,
+        None, None, {}, 0, None, None,
     )  # fmt: skip
     found = bench_target.findings([base, replace(base, engine="torch"), replace(base, engine="hf-dynamic")])
     assert [(each.target.bound, each.result.engine, each.met) for each in found] == [
@@ -497,6 +498,10 @@ def test_the_command_measures_the_torch_engine_and_names_the_absent_peer(asked, 
     [
         (("--suite", "fast"), "no suite 'fast'; expected one of quick, table, sweep"),
         (("--engine", "tensorflow"), "no engine tensorflow; expected some of torch, flax, hf-dynamic"),
+        (
+            ("--only", "prefill"),
+            "nothing to measure for --only 'prefill' on these engines; the suite has\ndecode bytes 5",
+        ),
         (("--report",), "holds no rows; run kvtwin bench without --report first"),
         (("--model", "no-such-model", "--engine", "torch"), "no model 'no-such-model'"),
     ],
