@@ -120,9 +120,7 @@ def _measure(
 
     @cache
     def model(name: str) -> Subject:
-        if name in SHAPES:
-            say(f"the model {name} is in {models}, or written there now")
-        return subject(name, models)
+        return subject(name, models, say)
 
     with ExitStack() as stack:
         workers = Workers(place, stack.enter_context(foreign_place()))

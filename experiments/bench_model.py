@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,10 @@ def cache_folder() -> Path:
     return Path(base) / "kvtwin" / "bench"
 
 
-def subject(name: str, models: Path) -> Subject:
+def subject(name: str, models: Path, say: Callable[[str], None] = print) -> Subject:
     """The model of this name, one of SHAPES or whatever a backend loads; a shape is written when it is first asked for.
 
-    Raises KvtwinError.
+    `say` is told of that. Raises KvtwinError.
     """
     if name not in SHAPES:
         try:
@@ -99,13 +100,19 @@ def subject(name: str, models: Path) -> Subject:
             raise KvtwinError(f"{error}; or one of {', '.join(SHAPES)}, with random weights") from None
         config = read_config(folder)
         return Subject(folder, family(config).spec(config))
-    config = SHAPES[name]
-    spec = family(config).spec(config)
-    # Another shape under the same name is another folder.
-    folder = models / f"{name}-{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
-    if not (folder / "config.json").exists():
-        write(folder, spec, drawn(spec))
-    return Subject(folder, spec)
+    spec = family(SHAPES[name]).spec(SHAPES[name])
+    one = Subject(models / _folder_name(name), spec)
+    if not (one.folder / "config.json").exists():
+        say(
+            f"writing the model {name}, {one.weights_bytes / 2**30:.1f} GiB of random weights, to {one.folder}"
+        )
+        write(one.folder, spec, drawn(spec))
+    return one
+
+
+def _folder_name(name: str) -> str:
+    """Another shape under the same name is another folder."""
+    return f"{name}-{zlib.crc32(json.dumps(SHAPES[name], sort_keys=True).encode()):08x}"
 
 
 def drawn(spec: ModelSpec) -> Weights:

@@ -26,7 +26,7 @@ COLOURS = {
     "kvpress": "tab:green",
 }
 LABELS = {"torch": "kvtwin torch", "flax": "kvtwin flax", "hf-dynamic": "Hugging Face, dynamic cache"}
-LABELS |= {"hf-static": "Hugging Face, static cache", "hf-compile": "the same, torch.compile"}
+LABELS |= {"hf-static": "Hugging Face, static cache", "hf-compile": "Hugging Face, static, torch.compile"}
 
 
 def machine_line(rows: Sequence[Row]) -> str:
@@ -195,12 +195,21 @@ def plot(results: Sequence[Result], path: Path, kind: str, machine: str) -> bool
     if len({each.case.context for each in plain}) < 2:
         return False
     models = list(dict.fromkeys(each.case.model for each in plain))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(1.2 + 5.6 * len(models), 4.4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(models), figsize=(1.6 + 5.6 * len(models), 4.8), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         _panel(axis, [each for each in plain if each.case.model == model], kind)
         axis.set_title(f"{model}, {kind}, batch 1", fontsize=11, loc="left")
-    figure.text(0.01, 0.01, machine, fontsize=7.5, color="dimgray")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    handles = {
+        label: each for axis in axes[0] for each, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    columns = 2 * len(models)
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.04), ncols=columns,
+        frameon=False, fontsize=9,
+    )  # fmt: skip
+    foot = f"{machine}; medians, with the least and the most of all rounds"
+    figure.text(0.01, 0.012, foot, fontsize=7.5, color="dimgray")
+    figure.tight_layout(rect=(0, 0.06 + 0.045 * -(-len(handles) // columns), 1, 1))
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
@@ -231,7 +240,6 @@ def _panel(axis: Any, results: Sequence[Result], kind: str) -> None:
     axis.set_xlabel("tokens in the cache" if kind == "decode" else "tokens of the prompt")
     axis.set_ylabel("tokens per second")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=9)
 
 
 def _limit(axis: Any, results: Sequence[Result]) -> None:

@@ -1,6 +1,5 @@
 """The loop of `kvtwin bench`: groups of entries, timed in turns, each block between two readings of the bandwidth."""
 
-import statistics
 import sys
 import tempfile
 import time
@@ -68,7 +67,6 @@ class Bench:
         going = [each for each in entries if each in ready]
         for index in self._left(going, entries):
             self._round(going, entries, ready, index)
-        say("   " + ", ".join(f"{each.engine} {self._median(each, entries)}" for each in going))
 
     def _left(self, entries: Group, group: Group) -> list[int]:
         """Rounds that not all of these have a number for, of one run. They are run whole: ratios are of one round."""
@@ -107,13 +105,18 @@ class Bench:
 
     def _round(self, going: list[Entry], group: Group, ready: Mapping[Entry, Facts], index: int) -> None:
         """One block of each; those that fail take no further part."""
+        told = []
         for entry in list(going):
             blank = self._blank(entry, group, index)
             try:
-                self._keep(self._between(blank, entry, ready[entry]))
+                row = self._between(blank, entry, ready[entry])
             except Failed as error:
                 self._failed(blank, error)
                 going.remove(entry)
+            else:
+                self._keep(row)
+                told.append(f"{entry.engine} {1e3 * (row.seconds or 0):.1f} ms")
+        say(f"   round {index + 1} of {self.rounds}: {', '.join(told)}")
 
     def _between(self, blank: Row, entry: Entry, facts: Facts) -> Row:
         """A measured row; again where the bandwidth moved meanwhile. The reading after it is that before the next."""
@@ -192,10 +195,6 @@ class Bench:
     def _failed(self, blank: Row, error: Failed) -> None:
         self._keep(replace(blank, error=str(error)))
         say(f"   {blank.engine} failed, the others go on: {error}")
-
-    def _median(self, entry: Entry, group: Group) -> str:
-        rows = [self.rows[title(group), str(entry), index] for index in range(self.rounds)]
-        return f"{1e3 * statistics.median(row.seconds for row in rows if row.seconds):.1f} ms"
 
 
 def moved(before: float, after: float) -> bool:
