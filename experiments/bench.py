@@ -27,7 +27,7 @@ def command(
     suite: Annotated[
         str,
         typer.Option(
-            help="quick: two minutes; table: the targets in the README, an hour; sweep: by context, batch, "
+            help="quick: two minutes; table: what the targets are about, an hour or more; sweep: by context, batch, "
             "policy and codec."
         ),
     ] = "quick",
@@ -125,10 +125,10 @@ def _measure(
     with ExitStack() as stack:
         workers = Workers(place, stack.enter_context(foreign_place()))
         stack.callback(lambda: workers.end(list(workers.running)))
-        meter = workers.new(METER)
+        meter = Meter(lambda: workers.new(METER))
         stack.callback(meter.close)
         bench = Bench(
-            {name: engines[name] for name in there}, there, here, model, workers, Meter(meter).read,
+            {name: engines[name] for name in there}, there, here, model, workers, meter.read,
             lambda row: append(path, row), time.strftime("%Y-%m-%dT%H:%M:%S"), rounds, {row.key: row for row in rows},
         )  # fmt: skip
         try:

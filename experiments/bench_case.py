@@ -75,8 +75,12 @@ Group = Sequence[Entry]  # timed in turns: A B A B
 
 
 def title(group: Group) -> str:
-    """What a group is called in the rows: its cases."""
-    return " | ".join(dict.fromkeys(str(entry.case) for entry in group))
+    """What a group is called in the rows: its cases, but for one that another engine only has to be compared with."""
+    beside = {
+        each.over for each in group
+        if each.over and each.over.case != each.case and each.over.engine != each.engine
+    }  # fmt: skip
+    return " | ".join(dict.fromkeys(str(entry.case) for entry in group if entry not in beside))
 
 
 def contest(case: Case, engines: Sequence[str], baseline: str | None = None) -> Group:

@@ -7,14 +7,15 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.bench_case import Case
 from experiments.bench_engine import ROOT, Engine, Failed, environment
+from framework.errors import KvtwinError
 
 PATIENCE = 1800.0  # seconds until an engine counts as hung
 GRACE = 2.0  # seconds to end by itself
@@ -126,14 +127,29 @@ def _field(peak: bool) -> str:
 class Meter:
     """The read bandwidth of the machine, by a process that sums a large array on all cores."""
 
-    def __init__(self, worker: Worker):
-        self.worker, self.case = worker, asdict(Case("import", "none"))
-        self.bytes = worker.ask("prepare", case=self.case)["facts"]["bytes"]
+    def __init__(self, start: Callable[[], Worker]):
+        self.case = asdict(Case("import", "none"))
+        with _without_which_nothing_goes():
+            self.worker = start()
+            self.bytes = self.worker.ask("prepare", case=self.case)["facts"]["bytes"]
 
     def read(self) -> float:
         """Bytes in a second now, the median of a few sums."""
-        seconds = [self.worker.ask("run", case=self.case)["seconds"] for _ in range(READINGS)]
+        with _without_which_nothing_goes():
+            seconds = [self.worker.ask("run", case=self.case)["seconds"] for _ in range(READINGS)]
         return float(self.bytes / statistics.median(seconds))
+
+    def close(self) -> None:
+        """End the process."""
+        self.worker.close()
+
+
+@contextmanager
+def _without_which_nothing_goes() -> Iterator[None]:
+    try:
+        yield
+    except Failed as error:
+        raise KvtwinError(f"the read bandwidth of the machine cannot be measured: {error}") from None
 
 
 @dataclass

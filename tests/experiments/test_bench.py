@@ -522,6 +522,20 @@ def test_another_interpreter_sees_the_programs_and_nothing_else(tmp_path):
     assert int(env["OMP_NUM_THREADS"]) == bench_engine.cores()
 
 
+def test_a_meter_that_does_not_run_ends_the_command(asked, monkeypatch):
+    monkeypatch.setattr(bench, "METER", Engine("meter", "tests.experiments.no_such_program", ()))
+    result = asked("--engine", "torch")
+    assert isinstance(result.exception, KvtwinError)
+    assert "the read bandwidth of the machine cannot be measured: ended with code 1" in str(result.exception)
+
+
+def test_a_group_keeps_its_name_when_an_engine_is_absent():
+    group = bench_case.beside_full(Case("decode", "m", 9, policy="window(budget=4)"))
+    assert title(group) == "decode m 9 window(budget=4)" == title(group[:1])
+    near, far = Case("decode", "m", 9), Case("decode", "m", 99)
+    assert title(flatness(near, far, ("torch", "flax"))) == "decode m 9 | decode m 99"
+
+
 def test_an_entry_is_named_by_engine_and_case():
     case = Case("decode", "m", 9, batch=2, policy="window(budget=4)", codec="int8()")
     assert str(Entry(case, "torch")) == "torch: decode m 9 x2 window(budget=4) int8()"
