@@ -45,6 +45,7 @@ test-slow: .venv/test.stamp
 bench: .venv/test.stamp
 	# Optimised, and without the type checker, which would be measured with the rest.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/benchmarks --benchmark-only -o addopts=--import-mode=importlib
+	$(BIN)/kvtwin bench
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format --check .

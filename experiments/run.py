@@ -8,6 +8,7 @@ import sys
 import typer
 
 from experiments import (
+    bench,
     catalogue,
     check,
     collapse,
@@ -25,6 +26,7 @@ from framework.errors import KvtwinError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("demo")(demo.command)
+app.command("bench")(bench.command)
 app.command("generate")(generate.command)
 app.command("compare")(compare.command)
 app.command("check")(check.command)

@@ -1,0 +1,129 @@
+"""The engines of `kvtwin bench`: which there are, whether they are installed, and what they are started in."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from framework.errors import KvtwinError
+
+ROOT = Path(__file__).parents[1]
+PROBE = """
+import json, platform, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = None
+print(json.dumps(found))
+"""
+# What would change how fast an engine is: all get the same.
+DROPPED = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+
+
+class Failed(Exception):
+    """An engine that did not answer, or said that it cannot; the text says why."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program, what it is told, the packages that it needs, and the interpreter that has them.
+
+    `sources`: folders of this repository whose text is part of its version.
+    """
+
+    name: str
+    program: str
+    packages: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    python: str = sys.executable
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it runs in another environment."""
+        return self.python != sys.executable
+
+
+METER = Engine("meter", "experiments.engines.meter", ("torch",))
+
+
+def known(kvpress_python: str | None = None) -> dict[str, Engine]:
+    """All engines by name."""
+    ours, theirs = "experiments.engines.kvtwin", "experiments.engines.huggingface"
+    peers = ("torch", "transformers")
+    found = [
+        Engine(name, ours, packages, (name,), ("framework", f"backends/{name}"))
+        for name, packages in (("torch", ("torch", "numpy")), ("flax", ("jax", "jaxlib", "flax", "numpy")))
+    ]
+    found += [Engine(f"hf-{kind}", theirs, peers, (kind,)) for kind in ("dynamic", "static", "compile")]
+    python = kvpress_python or sys.executable
+    found += [Engine("kvpress", "experiments.engines.kvpress", ("kvpress", *peers), python=python)]
+    found += [Engine("imports", "experiments.engines.imports", ("numpy",), sources=("framework",))]
+    return {each.name: each for each in found}
+
+
+def versions(engine: Engine) -> dict[str, str]:
+    """Versions of what an engine runs on, kvtwin's as a checksum of its text. Raises Failed where one is missing."""
+    try:
+        words = [engine.python, "-c", PROBE, *engine.packages]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=_plain(engine))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Failed(f"{engine.python} does not run: {error}") from None
+    found = json.loads(done.stdout)
+    if missing := [name for name, each in found.items() if each is None]:
+        raise Failed(f"not installed: {', '.join(missing)}, for {engine.python}")
+    return found | ({"kvtwin": _checksum(engine.sources)} if engine.sources else {})
+
+
+def _checksum(sources: Sequence[str]) -> str:
+    files = sorted(file for source in sources for file in (ROOT / source).rglob("*.py"))
+    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plain(engine: Engine) -> dict[str, str]:
+    """This environment, without what belongs to kvtwin's own where the engine lives in another."""
+    dropped = {*DROPPED, *(("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV") if engine.foreign else ())}
+    return {key: value for key, value in os.environ.items() if key not in dropped}
+
+
+def environment(engine: Engine, compile_cache: Path | None = None) -> dict[str, str]:
+    """What a program is started with: every core, no GPU, no network; another compile cache where one is named."""
+    found = _plain(engine) | {
+        "OMP_NUM_THREADS": str(cores()),
+        "CUDA_VISIBLE_DEVICES": "",
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if compile_cache is not None:
+        found |= {
+            "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(compile_cache),
+        }
+    return found
+
+
+@contextmanager
+def foreign_place() -> Iterator[Path]:
+    """A folder that shows another interpreter the package `experiments` and nothing else of this environment."""
+    with tempfile.TemporaryDirectory(prefix="kvtwin-bench-") as folder:
+        place = Path(folder)
+        try:
+            (place / "experiments").symlink_to(ROOT / "experiments")
+        except OSError as error:
+            raise KvtwinError(f"cannot make a link in {place}: {error.strerror or error}") from error
+        yield place
