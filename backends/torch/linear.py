@@ -6,6 +6,8 @@ one row took 2.51 ms by `functional.linear`, 1.31 ms in parts, and 1.01 ms where
 together in memory; from 1,000 rows on all are alike.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import nn
@@ -62,12 +64,13 @@ def _product(
     weight: Float[torch.Tensor, "parts inside columns"],
     bias: Float[torch.Tensor, "out"] | None,
 ) -> Float[torch.Tensor, "parts *axes columns"]:
-    rows = x.reshape(1, -1, x.shape[-1]).expand(len(weight), -1, -1)
+    *axes, inside = x.shape
+    rows = x.reshape(1, math.prod(axes), inside).expand(len(weight), -1, -1)
     if bias is None:
         y = torch.bmm(rows, weight)
     else:
         y = torch.baddbmm(bias.view(len(weight), 1, -1), rows, weight)
-    return y.view(len(weight), *x.shape[:-1], -1)
+    return y.view(len(weight), *axes, weight.shape[2])
 
 
 def joined(parts: Float[torch.Tensor, "parts *axes columns"]) -> Float[torch.Tensor, "*axes out"]:
