@@ -17,6 +17,8 @@ FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# What is compiled is counted here, and would fill the user's folder for caches.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # The tensors of tests are tiny: handing them to a second thread takes ten times as long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

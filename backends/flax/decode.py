@@ -113,9 +113,9 @@ def _project(
     )
     h = block.attention_norm(x)
     tap(f"{at}.attention_norm", h)
-    q = attn.query(h).reshape(batch, tokens, layer.heads, layer.head_dim)
-    k = attn.key(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
-    v = attn.value(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
+    joined = attn.query_key_value(h).reshape(batch, tokens, layer.kv_heads, layer.group + 2, layer.head_dim)
+    q = joined[..., : layer.group, :].reshape(batch, tokens, layer.heads, layer.head_dim)
+    k, v = joined[..., layer.group, :], joined[..., layer.group + 1, :]
     if plan.spec.query_key_norm:
         q, k = attn.query_norm(q), attn.key_norm(k)
     for key, value in (("query", q), ("key", k), ("value", v)):
@@ -139,11 +139,11 @@ def _inside(decoder: "Decoder", plan: Plan, given: Given) -> Given:
     given = jax.tree.map(jnp.asarray, given)
     if not plan.codec.unbiased:
         return given
-    pairs = zip(decoder.layers, plan.spec.layers, strict=True)
-    return replace(
-        given,
-        biases=[block.attention.key.bias[...].reshape(layer.kv_heads, -1) for block, layer in pairs],
-    )
+    biases = []
+    for block, layer in zip(decoder.layers, plan.spec.layers, strict=True):
+        joined = block.attention.query_key_value.bias[...]
+        biases.append(joined.reshape(layer.kv_heads, layer.group + 2, layer.head_dim)[:, layer.group])
+    return replace(given, biases=biases)
 
 
 def _coded(
@@ -199,11 +199,12 @@ def _mixed(
     rope = layer.rope if plan.policy.repositions else None
     rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
     own = jax.lax.dynamic_slice_in_dim(rank, first, call.positions.shape[1], axis=2)
+    used = None if plan.overwrites(index) else held.fill
     q = q if rope is None else rotate(q, own[:, :, None], given.tables[rope])
     if codec.exact:
         keys = held.streams["keys"]
         keys = keys if rope is None else rotate(keys, rank, given.tables[rope])
-        return attention(q, keys, held.streams["values"], call.positions, held.positions, layer, sums)
+        return attention(q, keys, held.streams["values"], call.positions, held.positions, layer, sums, used)
     exact, ring, keys = exact_of(jnp, codec, held.tables, held.positions, call), codec.recent, new["keys"]
     if ring:
         old = finished(plan, index, given, exact.vectors["keys"][:, :, :ring], exact.positions[:, :, :ring])
@@ -221,7 +222,7 @@ def _mixed(
     slots = first if isinstance(first, int) else held.slots
     return coded_attention(
         q, keys, exact.vectors["values"], coded, call.positions, exact.positions, held.positions, layer, slots,
-        call.before - ring, exact.place if sums else None,
+        call.before - ring, exact.place if sums else None, used,
     )  # fmt: skip
 
 
