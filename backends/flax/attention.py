@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ def _in_blocks(
     for start, end in zip(edges, edges[1:], strict=False):
         reach = slots - tokens + end
         some, more = _on_rung(
-            partial(block, reach=reach),
+            lambda q, at, reach=reach: block(q, at, reach),
             queries[:, :, :, start:end],
             query_positions[:, start:end],
             None if sums is None else jnp.zeros_like(sums[:, :, :reach]),
