@@ -78,7 +78,8 @@ def _in_blocks(
     for start, end in zip(edges, edges[1:], strict=False):
         reach = slots - tokens + end
         some, more = _on_rung(
-            lambda q, at, reach=reach: block(q, at, reach),
+            block,
+            reach,
             queries[:, :, :, start:end],
             query_positions[:, start:end],
             None if sums is None else jnp.zeros_like(sums[:, :, :reach]),
@@ -90,7 +91,8 @@ def _in_blocks(
 
 
 def _on_rung(
-    block: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]],
+    block: Block,
+    reach: int,
     queries: jax.Array,
     query_positions: jax.Array,
     nothing: jax.Array | None,
@@ -105,7 +107,7 @@ def _on_rung(
 
     @jax.checkpoint  # the probabilities of a block are made again when its gradient is due
     def one(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        mixed, sums = block(*part)
+        mixed, sums = block(*part, reach)
         return (None if total is None else total + sums), mixed
 
     sums, mixed = jax.lax.scan(one, nothing, (cut_queries, cut_positions))
