@@ -3,16 +3,19 @@
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from framework.config import read_config
 from framework.errors import KvtwinError
 from framework.family import Family, family
 from framework.spec import ModelSpec
 from framework.tokenizer import Tokenizer, tokenizer
-from framework.weights import Stored, read
+from framework.weights import read
 
 BUNDLED = Path(__file__).parent / "models"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -28,7 +31,7 @@ class Checkpoint:
     they came from."""
 
     spec: ModelSpec
-    weights: Stored
+    weights: Mapping[str, np.ndarray]
     folder: Path
     family: Family
 

@@ -88,7 +88,8 @@ def test_tokens_are_taken_back_before_any_is_coded(backend: str) -> None:
     assert snapshot_drift(cache, straight) == 0.0
     calls = [Call(np.array([[20 + step], [40 + step]])) for step in range(5)]
     found, again = (runs.went(runner, each, calls) for each in (cache, straight))
-    assert runs.apart(found, again) == 0.0
+    # Codes are equal; logits add up over buffers of 8 slots and of 4.
+    assert runs.apart(found, again) <= EXACT
     with pytest.raises(KvtwinError, match=r"codec kivi\(.*has coded tokens.*less than 6 tokens.*fork\(\)"):
         found[1].roll_back(1)
     assert found[1].seen.tolist() == [8, 8]
