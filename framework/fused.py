@@ -32,14 +32,12 @@ def fused(
             yield name, weights[name]
         elif last == PARTS[whole[last]][0]:
             parts = [weights[f"{at}.{part}.{kind}"] for part in PARTS[whole[last]]]
-            if whole[last] == "query_key_value":
-                parts = _by_head(parts, spec.layers[int(name.split(".")[1])])
-            yield f"{at}.{whole[last]}.{kind}", np.concatenate(parts)
+            layer = spec.layers[int(name.split(".")[1])]
+            joined = _by_head(parts, layer) if last == "query" else np.concatenate(parts)
+            yield f"{at}.{whole[last]}.{kind}", joined
 
 
-def _by_head(
-    parts: list[Shaped[np.ndarray, "out *inner"]], layer: Layer
-) -> list[Shaped[np.ndarray, "rows *inner"]]:
+def _by_head(parts: list[Shaped[np.ndarray, "_ *inner"]], layer: Layer) -> Shaped[np.ndarray, "rows *inner"]:
     """The rows of queries, keys and values by kv head."""
     heads = [part.reshape(layer.kv_heads, -1, *part.shape[1:]) for part in parts]
-    return list(np.concatenate(heads, axis=1))
+    return np.concatenate(heads, axis=1).reshape(-1, *parts[0].shape[1:])

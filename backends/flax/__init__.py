@@ -36,4 +36,4 @@ class Backend(Contract):
     ) -> FlaxModel:
         self.check_dtype(dtype)
         check(spec, weights)
-        return FlaxModel(spec, dict(weights), dtype, tokenizer or ByteTokenizer())
+        return FlaxModel(spec, weights, dtype, tokenizer or ByteTokenizer())

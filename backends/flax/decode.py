@@ -113,9 +113,9 @@ def _project(
     )
     h = block.attention_norm(x)
     tap(f"{at}.attention_norm", h)
-    q = attn.query(h).reshape(batch, tokens, layer.heads, layer.head_dim)
-    k = attn.key(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
-    v = attn.value(h).reshape(batch, tokens, layer.kv_heads, layer.head_dim)
+    joined = attn.query_key_value(h).reshape(batch, tokens, layer.kv_heads, layer.group + 2, layer.head_dim)
+    q = joined[..., : layer.group, :].reshape(batch, tokens, layer.heads, layer.head_dim)
+    k, v = joined[..., layer.group, :], joined[..., layer.group + 1, :]
     if plan.spec.query_key_norm:
         q, k = attn.query_norm(q), attn.key_norm(k)
     for key, value in (("query", q), ("key", k), ("value", v)):
@@ -139,11 +139,11 @@ def _inside(decoder: "Decoder", plan: Plan, given: Given) -> Given:
     given = jax.tree.map(jnp.asarray, given)
     if not plan.codec.unbiased:
         return given
-    pairs = zip(decoder.layers, plan.spec.layers, strict=True)
-    return replace(
-        given,
-        biases=[block.attention.key.bias[...].reshape(layer.kv_heads, -1) for block, layer in pairs],
-    )
+    biases = []
+    for block, layer in zip(decoder.layers, plan.spec.layers, strict=True):
+        joined = block.attention.query_key_value.bias[...]
+        biases.append(joined.reshape(layer.kv_heads, layer.group + 2, layer.head_dim)[:, layer.group])
+    return replace(given, biases=biases)
 
 
 def _coded(

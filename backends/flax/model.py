@@ -1,7 +1,7 @@
 """The decoder in Flax: NNX modules hold the parameters; the step drives cache and policy in compiled functions."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from framework.codec import Codec
 from framework.coding import refused
 from framework.errors import KvtwinError
 from framework.eviction import UNLIMITED
+from framework.fused import fused
 from framework.pages import Pages
 from framework.policies.window import Window
 from framework.policy import Policy, name
@@ -66,12 +67,11 @@ class RmsNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections of one layer; what happens between them is the cache's and `attention`'s."""
+    """Projections of one layer, as `framework.fused` joins them; what happens between them is the cache's and
+    `attention`'s."""
 
     def __init__(self, weights: Weights, at: str, spec: ModelSpec):
-        self.query = Linear(weights, f"{at}.query")
-        self.key = Linear(weights, f"{at}.key")
-        self.value = Linear(weights, f"{at}.value")
+        self.query_key_value = Linear(weights, f"{at}.query_key_value")
         self.output = Linear(weights, f"{at}.output")
         if spec.query_key_norm:
             self.query_norm = RmsNorm(weights, f"{at}.query_norm", spec)
@@ -82,13 +82,13 @@ class FeedForward(nnx.Module):
     """Gated feed-forward (arXiv 2002.05202)."""
 
     def __init__(self, weights: Weights, at: str, spec: ModelSpec):
-        self.gate = Linear(weights, f"{at}.gate")
-        self.up = Linear(weights, f"{at}.up")
+        self.gate_up = Linear(weights, f"{at}.gate_up")
         self.down = Linear(weights, f"{at}.down")
         self.activation = spec.activation
 
     def __call__(self, x: Float[jax.Array, "*axes dim"]) -> Float[jax.Array, "*axes dim"]:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -122,11 +122,12 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approx
 class FlaxModel(Model):
     """A decoder in Flax, run by compiled functions over fixed-size buffers."""
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
         self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
         self.kind = DTYPES[dtype]
         with precision(dtype):
-            self.decoder = Decoder({key: to_jax(value, self.kind) for key, value in weights.items()}, spec)
+            # One tensor at a time is in two places.
+            self.decoder = Decoder({key: to_jax(x, self.kind) for key, x in fused(spec, weights)}, spec)
             self.skeleton, self.leaves = skeleton(self.decoder)
         self.tables = Tables(self.kind)
 
