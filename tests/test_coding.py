@@ -302,6 +302,7 @@ def test_blocks_of_slots_and_queries_mean_nothing(
     monkeypatch.setattr(module, "BLOCK", 32)
     if backend == "flax":
         monkeypatch.setattr(module, "STEP", 16)
+        monkeypatch.setattr(module, "RUNG", 40)
     with unchecked():
         expected, theirs = rolling("reference", policy, codec, 3, lengths)
         found, ours = rolling(backend, policy, codec, 3, lengths)

@@ -199,11 +199,12 @@ def _mixed(
     rope = layer.rope if plan.policy.repositions else None
     rank = jnp.cumsum(held.positions >= 0, axis=-1, dtype=jnp.int32) - 1
     own = jax.lax.dynamic_slice_in_dim(rank, first, call.positions.shape[1], axis=2)
+    used = None if plan.overwrites(index) else held.fill
     q = q if rope is None else rotate(q, own[:, :, None], given.tables[rope])
     if codec.exact:
         keys = held.streams["keys"]
         keys = keys if rope is None else rotate(keys, rank, given.tables[rope])
-        return attention(q, keys, held.streams["values"], call.positions, held.positions, layer, sums)
+        return attention(q, keys, held.streams["values"], call.positions, held.positions, layer, sums, used)
     exact, ring, keys = exact_of(jnp, codec, held.tables, held.positions, call), codec.recent, new["keys"]
     if ring:
         old = finished(plan, index, given, exact.vectors["keys"][:, :, :ring], exact.positions[:, :, :ring])
@@ -221,7 +222,7 @@ def _mixed(
     slots = first if isinstance(first, int) else held.slots
     return coded_attention(
         q, keys, exact.vectors["values"], coded, call.positions, exact.positions, held.positions, layer, slots,
-        call.before - ring, exact.place if sums else None,
+        call.before - ring, exact.place if sums else None, used,
     )  # fmt: skip
 
 
