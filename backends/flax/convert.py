@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PAGE = 2**21  # bytes of a large page
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64, "bfloat16": jnp.bfloat16}
 
 
@@ -24,6 +25,22 @@ def precision(dtype: str) -> Iterator[None]:
 def to_jax(x: np.ndarray, dtype: Any = None) -> jax.Array:
     """The array on the device, cast in NumPy so that nothing is compiled."""
     return jax.device_put(np.array(x, dtype=dtype))
+
+
+def parameter(x: np.ndarray, dtype: Any) -> jax.Array:
+    """The array for many reads: on a CPU a large one begins where a large page of memory can.
+
+    XLA's own buffers lie in pages of 4 KiB; NumPy asks the system for large ones, which it can have where they fit.
+    """
+    kind = np.dtype(dtype)
+    size = x.size * kind.itemsize
+    if size < 4 * PAGE:
+        return to_jax(x, kind)
+    room = np.empty(size + PAGE, np.uint8)
+    start = -room.ctypes.data % PAGE
+    held = room[start : start + size].view(kind).reshape(x.shape)
+    np.copyto(held, x, casting="unsafe")
+    return jax.device_put(held, may_alias=True)
 
 
 def to_numpy(x: jax.Array) -> np.ndarray:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from backends.flax.cache import FlaxCache, State
-from backends.flax.convert import DTYPES, precision, to_jax, to_numpy, wide, widened
+from backends.flax.convert import DTYPES, parameter, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
 from backends.flax.gradient import gradients
 from backends.flax.layer import Given, Held, Plan, empty_layer, opened, with_rows_for_groups
@@ -127,7 +127,7 @@ class FlaxModel(Model):
         self.kind = DTYPES[dtype]
         with precision(dtype):
             # One tensor at a time is in two places.
-            self.decoder = Decoder({key: to_jax(x, self.kind) for key, x in fused(spec, weights)}, spec)
+            self.decoder = Decoder({key: parameter(x, self.kind) for key, x in fused(spec, weights)}, spec)
             self.skeleton, self.leaves = skeleton(self.decoder)
         self.tables = Tables(self.kind)
 

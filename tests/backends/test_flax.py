@@ -9,6 +9,7 @@ import pytest
 
 from backends import backends
 from backends.flax import decode as compiled
+from backends.flax.convert import DTYPES, PAGE, parameter
 from framework.backend import Model
 from framework.compare import TOLERANCE, drift
 from framework.decode import Sampling
@@ -201,3 +202,17 @@ def test_float64_and_float32_live_beside_each_other() -> None:
         tokens = texts()[np.arange(3), np.array(LENGTHS) + step][:, None]
         expected, judged = hybrid("reference").step(tokens, judged)
     assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [3, 1500, 3001])
+def test_parameters_are_copies_in_large_pages(rows: int, dtype: str) -> None:
+    """Large ones begin where a large page can; none shares memory with what it was made from."""
+    source = np.random.default_rng(rows).standard_normal((rows, 1401)).astype(np.float32)
+    kind = DTYPES[dtype]
+    made = parameter(source, kind)
+    expected = source.astype(kind)
+    assert made.dtype == kind
+    assert made.unsafe_buffer_pointer() % PAGE == 0 or expected.nbytes < 4 * PAGE
+    source[:] = 7
+    assert (np.asarray(made) == expected).all()
