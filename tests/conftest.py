@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Unoptimised XLA compiles in half the time; `make test-slow` runs the optimised code.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What is compiled is counted here, and would fill the user's folder for caches.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # The tensors of tests are tiny: handing them to a second thread takes ten times as long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

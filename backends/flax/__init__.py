@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from backends.flax.compile_cache import keep_what_is_compiled
 from backends.flax.convert import DTYPES
 from backends.flax.model import FlaxModel
 from framework.backend import Backend as Contract
@@ -36,4 +37,5 @@ class Backend(Contract):
     ) -> FlaxModel:
         self.check_dtype(dtype)
         check(spec, weights)
+        keep_what_is_compiled()
         return FlaxModel(spec, weights, dtype, tokenizer or ByteTokenizer())
