@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from backends.torch.convert import to_numpy, widened
-from backends.torch.model import Attention as Projections
+from backends.torch.decoder import Attention as Projections
 from backends.torch.model import TorchModel
 from framework.backend import Model
 from framework.errors import KvtwinError

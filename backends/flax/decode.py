@@ -54,7 +54,8 @@ from framework.shapes import EMPTY
 from framework.wrapper import seen_by
 
 if TYPE_CHECKING:
-    from backends.flax.model import Decoder, DecoderLayer, FlaxModel
+    from backends.flax.decoder import Decoder, DecoderLayer
+    from backends.flax.model import FlaxModel
 
 
 New = dict[Side, jax.Array]  # keys and values of the tokens of a call
