@@ -16,6 +16,7 @@ import pytest
 import backends.flax.layer
 import backends.torch.attention
 import backends.torch.layer
+import backends.torch.mixing
 import backends.torch.model
 import backends.torch.rope
 from backends import backends as known
@@ -310,7 +311,7 @@ def sums_over_the_group(patch: Patch) -> None:
         mixed, sums = attention(queries, *rest)
         return mixed, None if sums is None else sums * queries.shape[2]
 
-    wrapped(patch, backends.torch.model, "attention", fault)
+    wrapped(patch, backends.torch.mixing, "attention", fault)
 
 
 def scale_forgotten(patch: Patch) -> None:
@@ -319,11 +320,11 @@ def scale_forgotten(patch: Patch) -> None:
     ) -> Any:
         return attention(queries, keys, values, near, far, replace(layer, scale=1.0), *rest)
 
-    wrapped(patch, backends.torch.model, "attention", fault)
+    wrapped(patch, backends.torch.mixing, "attention", fault)
 
 
 def slots_taken_for_whole(patch: Patch) -> None:
-    wrapped(patch, backends.torch.model, "attention", lambda attention, *rest: attention(*rest[:-1], True))
+    wrapped(patch, backends.torch.mixing, "attention", lambda attention, *rest: attention(*rest[:-1], True))
 
 
 def padding_pushes_queries_out(patch: Patch) -> None:

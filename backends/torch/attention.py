@@ -56,7 +56,7 @@ def attention(
     fused = layer.softcap is None and not with_sums and not backward
     if fused and whole and (first == 0 or tokens == 1):
         end = first + tokens
-        return _unmasked(queries, keys[:, :, :end], values[:, :, :end], layer.scale), None
+        return _fused(queries, keys[:, :, :end], values[:, :, :end], None, layer.scale), None
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
     # Where the probabilities are made, a few arrays of their size live at once.
@@ -77,43 +77,22 @@ def attention(
     return mixed, sums
 
 
-def _unmasked(
-    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
-    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
-    v: Float[torch.Tensor, "batch kv_heads slots width"],
-    scale: float,
-) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
-    """One token over all slots, or as many tokens as slots, each over those up to its own."""
-    if q.shape[3] == 1:
-        return functional.scaled_dot_product_attention(q[..., 0, :], k, v, scale=scale)[..., None, :]
-    lanes, k, v = _lanes(q, k, v)
-    out = functional.scaled_dot_product_attention(lanes, k, v, is_causal=True, scale=scale)
-    return out.view(*q.shape[:-1], -1)
-
-
-def _lanes(
-    q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
-    k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
-    v: Float[torch.Tensor, "batch kv_heads slots width"],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values [lanes group ...] by kv head: the group shares keys that lie in memory once."""
-    k, v = (x.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for x in (k, v))
-    return q.flatten(0, 1), k, v
-
-
 def _fused(
     q: Float[torch.Tensor, "batch kv_heads group tokens head_dim"],
     k: Float[torch.Tensor, "batch kv_heads slots head_dim"],
     v: Float[torch.Tensor, "batch kv_heads slots width"],
-    mask: Bool[torch.Tensor, "batch kv_heads tokens slots"],
+    mask: Bool[torch.Tensor, "batch kv_heads tokens slots"] | None,
     scale: float,
 ) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
+    """What the queries mix. Without a mask: one token over all slots, or as many as slots, each up to its own."""
+    fused = functional.scaled_dot_product_attention
     if q.shape[3] == 1:
-        out = functional.scaled_dot_product_attention(q[..., 0, :], k, v, attn_mask=mask, scale=scale)
-        return out[..., None, :]
-    every = mask.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1)
-    lanes, k, v = _lanes(q, k, v)
-    out = functional.scaled_dot_product_attention(lanes, k, v, attn_mask=every, scale=scale)
+        return fused(q[..., 0, :], k, v, attn_mask=mask, scale=scale)[..., None, :]
+    # By kv head, so that the group shares keys that lie in memory once.
+    k, v, every = (
+        None if x is None else x.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for x in (k, v, mask)
+    )
+    out = fused(q.flatten(0, 1), k, v, attn_mask=every, is_causal=mask is None, scale=scale)
     return out.view(*q.shape[:-1], -1)
 
 

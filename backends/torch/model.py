@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from backends.torch.attention import attention, coded_attention, paged_attention
 from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
 from backends.torch.decode import decode
@@ -18,16 +17,17 @@ from backends.torch.decoder import Decoder, DecoderLayer
 from backends.torch.gradient import gradients
 from backends.torch.layer import Finish, LayerCache
 from backends.torch.linear import Wide, joined
+from backends.torch.mixing import mixed, mixed_in_pages
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions, turned
-from framework.arrays import FAR, spread
+from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec, Side, decoded
-from framework.coding import SIDES, Coded, paged_parts, refused, stored, uncoded
+from framework.codec import Codec, Side
+from framework.coding import SIDES, refused, stored, uncoded
 from framework.errors import KvtwinError
 from framework.eviction import measured, noted, slot_memory, streamed
 from framework.fused import fused
-from framework.groups import Call, Exact, asked, exact_of, fixed_rows, tables_layout
+from framework.groups import Call, asked, exact_of, fixed_rows, tables_layout
 from framework.policy import BLOCK, Block, Phase, Policy, View, name
 from framework.rope import check_reach, ropes
 from framework.shapes import EMPTY
@@ -311,9 +311,9 @@ class TorchModel(Model):
             exact = exact_of(xp, held.codec, held.tables, held.positions, call)
         finish = self._finish(block, layer, cache)
         if isinstance(held, PagedLayer):
-            mixed, sums = self._mixed_in_pages(held, q, new, exact, positions, cache, finish)
+            out, sums = mixed_in_pages(held, q, new, exact, positions, cache, self.tables, finish)
         else:
-            mixed, sums = self._mixed(held, q, new, exact, first, positions, before, cache, finish)
+            out, sums = mixed(held, q, new, exact, first, positions, before, cache, self.tables, finish)
         view = held.view(
             policy,
             sums,
@@ -336,9 +336,9 @@ class TorchModel(Model):
                 view = streamed(policy, view, part)
             held.remember(noted(policy, view).memory, (positions >= 0).any(1))
             view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
-        mixed = mixed.movedim(3, 1).flatten(2)
-        tap(f"{at}.attention.mixed", mixed)
-        y = attn.output(mixed)
+        out = out.movedim(3, 1).flatten(2)
+        tap(f"{at}.attention.mixed", out)
+        y = attn.output(out)
         tap(f"{at}.attention.output", y)
         return y, view, call
 
@@ -380,92 +380,6 @@ class TorchModel(Model):
             return keys if rope is None else self.tables.rotate(keys, positions, rope, cache.length)
 
         return finish
-
-    def _mixed(
-        self, held: LayerCache, queries: torch.Tensor, new: dict[Side, torch.Tensor], exact: Exact | None, first: int,
-        positions: torch.Tensor, before: torch.Tensor, cache: TorchCache, finish: Finish | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """What the queries, whose tokens stand from slot `first` on, mix of the values, and the sums if asked for."""
-        layer, codec, tokens, sums = held.spec, held.codec, positions.shape[1], cache.policy.needs.sums
-        keys, values = held.streams["keys"] if codec.exact else new["keys"], new["values"]
-        at = positions[:, None].expand(-1, layer.kv_heads, -1)
-        ring = codec.recent if first else 0
-        if ring and exact is not None:
-            at, values, old = exact.positions, exact.vectors["values"], exact.vectors["keys"][:, :, :ring]
-            old = old if finish is None else finish(old, at[:, :, :ring])
-            keys = torch.cat([old, keys], dim=2)
-        rank, rope = None, layer.rope if cache.policy.repositions else None
-        if rope is not None:
-            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
-            own = every = rank[:, :, first : first + tokens]
-            if ring and exact is not None:
-                place = torch.where(exact.place < ring, exact.place, -1)
-                every = torch.cat([spread(xp, ring, place, rank, 0), own], dim=2)
-            queries = self.tables.rotate(queries, own[:, :, None], rope, cache.length)
-            keys = self.tables.rotate(keys, rank if codec.exact else every, rope, cache.length)
-
-        def read(block: torch.Tensor, span: slice) -> torch.Tensor:
-            block = block if finish is None else finish(block, held.positions[:, :, span])
-            if rope is None or rank is None:
-                return block
-            return self.tables.rotate(block, rank[:, :, span], rope, cache.length)
-
-        if codec.exact:
-            values = held.streams["values"]
-            # Without padding and evictions the slots hold 0, 1, 2, ...; whether they do is known without reading them.
-            whole = (first == 0 or held.limit is None) and bool((cache.row_seen == held.fill).all())
-            whole = whole and (layer.window is None or held.fill <= layer.window)
-            return attention(queries, keys, values, positions, held.positions, layer, first, sums, whole)
-        coded = Coded(
-            codec,
-            xp,
-            layer,
-            held.streams,
-            None if finish is None and rope is None else read,
-            tables=held.tables,
-        )
-        place = None if exact is None or not sums else exact.place
-        return coded_attention(
-            queries, keys, values, coded, positions, at, held.positions, layer, first, before - ring, place
-        )
-
-    def _mixed_in_pages(
-        self, held: PagedLayer, queries: torch.Tensor, new: dict[Side, torch.Tensor], exact: Exact | None,
-        position: torch.Tensor, cache: TorchCache, finish: Finish | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """`_mixed` for one token per row and heads of different lengths."""
-        layer, (streams, positions, owner) = held.spec, held.paged()
-        if exact is not None:
-            # What is exact is taken as it is; of the tokens of the call also the keys, which need no `finish`.
-            place, ring = held.run(exact.place, -1).view(positions.shape), held.codec.recent
-            lane = owner.to(torch.int64)[:, None]
-            for side in SIDES:
-                parts = paged_parts(held.codec, xp, streams, held.tables, owner, side)
-                x = decoded(held.codec, xp, parts, side, torch.promote_types(self.kind, torch.float32))
-                own = exact.vectors[side].flatten(0, 1)[lane, place.clamp(min=0)]
-                x = torch.where((place >= 0)[..., None], widened(own), x)
-                if finish is not None and side == "keys":
-                    x = self._finished_pages(finish, x, positions, owner, layer)
-                    fresh = new["keys"].flatten(0, 1)[lane[:, 0]]
-                    x = torch.where((place >= ring)[..., None], widened(fresh), x)
-                streams[side] = x
-        keys = streams["keys"]
-        if layer.rope is not None and cache.policy.repositions:
-            rank = (held.positions >= 0).cumsum(-1).to(torch.int32) - 1
-            keys = self.tables.rotate(keys, held.run(rank).view(positions.shape), layer.rope, cache.length)
-            queries = self.tables.rotate(queries, rank[:, :, None, -1:], layer.rope, cache.length)
-        mixed, sums = paged_attention(
-            queries, keys, streams["values"], position, positions, owner, layer, cache.policy.needs.sums
-        )
-        return mixed, None if sums is None else held.shown(sums)
-
-    def _finished_pages(
-        self, finish: Finish, keys: torch.Tensor, positions: torch.Tensor, owner: torch.Tensor, layer: Layer
-    ) -> torch.Tensor:
-        """`finish` of keys in pages [pages size head_dim], each of one head."""
-        number = owner.to(torch.int64) % layer.kv_heads
-        every = (x[:, None].expand(-1, layer.kv_heads, *x.shape[1:]) for x in (keys, positions))
-        return finish(*every)[torch.arange(len(owner), device=owner.device), number]
 
     def _rest(
         self, block: DecoderLayer, index: int, x: torch.Tensor, y: torch.Tensor, tap: Tap = no_tap
