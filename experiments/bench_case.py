@@ -13,13 +13,14 @@ SMALL, REAL = "stories110m", "qwen2.5-0.5b"
 OURS = ("torch", "flax")
 DYNAMIC, PRESS, IMPORTS = "hf-dynamic", "kvpress", "imports"
 FULL = "full()"
+KEPT = 0.25  # of a prompt that kvpress and kvtwin compress
 # The settings that the classes of kvpress have by themselves.
 PRESSES = (
-    'snapkv(fraction=0.25, kernel=5, pooling="mean", window=64)',
-    "expected_attention(fraction=0.25)",
-    "keydiff(fraction=0.25)",
-    "tova(fraction=0.25)",
-    "window(fraction=0.25)",
+    f'snapkv(fraction={KEPT}, kernel=5, pooling="mean", window=64)',
+    f"expected_attention(fraction={KEPT})",
+    f"keydiff(fraction={KEPT})",
+    f"tova(fraction={KEPT})",
+    f"window(fraction={KEPT})",
 )
 
 

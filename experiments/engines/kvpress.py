@@ -5,12 +5,11 @@ of kvtwin but the case and the protocol. `fraction` is the share that is kept; o
 has by itself, which the case must name for kvtwin.
 """
 
-import re
 from typing import Any
 
 import numpy as np
 
-from experiments.bench_case import PRESSES, Case
+from experiments.bench_case import KEPT, PRESSES, Case
 from experiments.engines.protocol import Block, Program, serve
 
 CLASSES = {
@@ -45,8 +44,7 @@ class Kvpress(Program):
             raise ValueError(
                 f"no press is known for {case}; expected a prefill under one of {', '.join(PRESSES)}"
             )
-        kept = float(re.search(r"fraction=([\d.]+)", case.policy)[1])  # type: ignore[index]
-        press = getattr(self.kvpress, CLASSES[case.policy.partition("(")[0]])(compression_ratio=1 - kept)
+        press = getattr(self.kvpress, CLASSES[case.policy.partition("(")[0]])(compression_ratio=1 - KEPT)
         random = np.random.default_rng(0)
         tokens = self.torch.from_numpy(
             random.integers(0, self.model.config.vocab_size, (case.batch, case.context))
