@@ -16,9 +16,9 @@ import numpy as np
 from framework.arrays import FAR
 from framework.backend import Backend as Contract
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
-from framework.codec import Codec, Side, decoded
+from framework.codec import Codec
 from framework.codecs.full import Full
-from framework.coding import SIDES, layout, parts_of, refused, shown, stored, uncoded
+from framework.coding import layout
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.eviction import (
@@ -32,43 +32,20 @@ from framework.eviction import (
     slot_memory,
     streamed,
 )
-from framework.groups import ROW, Call, asked, exact_of
+from framework.groups import asked
 from framework.policies.window import Window
 from framework.policy import Block, Policy, View, name
 from framework.random import gumbel
 from framework.reference_cache import Head, ReferenceCache, Row, merge_heads, restored_head, select, stack
+from framework.reference_coding import code, complete, key_bias, read_stored, restore_keys
 from framework.reference_gradient import gradients as backward
+from framework.reference_parts import ACTIVATIONS, rms_norm, softmax, turned
 from framework.rope import angles
-from framework.snapshot import LayerSnapshot, Snapshot
-from framework.spec import Layer, ModelSpec, Rope
+from framework.snapshot import Snapshot
+from framework.spec import Layer, ModelSpec
 from framework.tokenizer import ByteTokenizer, Tokenizer
 from framework.weights import check
 from framework.wrapper import seen_by
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float) -> np.ndarray:
-    """RMSNorm (arXiv 1910.07467)."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * (weight + offset)
-
-
-def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Rotary embedding of [..., tokens, head_dim]: channel i turns with channel i + half."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
-def turned(rope: Rope | None, length: int | None, x: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """[tokens heads head_dim] rotated to these positions."""
-    if rope is None:
-        return x
-    cos, sin = angles(rope, where, length)
-    return rotate(x, cos[:, None], sin[:, None])
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 @dataclass
@@ -160,7 +137,7 @@ class ReferenceModel(Model):
                 taken.append(self._evict(result, index, views, choice, whole or len(columns) > 0))
             if result.codec.recent and phase != "pass":
                 for number in range(len(self.spec.layers)):
-                    self._complete(result, index, number)
+                    complete(self, result, index, number)
             if statistics is not None:
                 stated.append([measured(result.policy, view) for view in views])
         if decisions is not None and due:
@@ -302,7 +279,7 @@ class ReferenceModel(Model):
                     received[visible] += weights / layer.group
             sums.append(received)
         if not cache.codec.exact:
-            self._code(cache, index, row.heads[index], positions, plain if cache.codec.unrotated else k, v)
+            code(self, cache, index, row.heads[index], positions, plain if cache.codec.unrotated else k, v)
         newest = asked(policy, cache.codec)
         if newest and phase != "pass":
             fresh = q.reshape(len(positions), layer.kv_heads, layer.group, layer.head_dim).transpose(
@@ -312,89 +289,6 @@ class ReferenceModel(Model):
             row.query_positions[index] = np.concatenate([row.query_positions[index], positions])[-newest:]
         mixed = taps[f"{at}.mixed"] = mixed.reshape(len(positions), layer.heads * layer.head_dim)
         return mixed, sums
-
-    def _code(
-        self, cache: ReferenceCache, index: int, heads: list[Head], positions: Any, k: np.ndarray, v: np.ndarray
-    ) -> None:  # fmt: skip
-        """Code the newest tokens of a layer, which from now on are what the codec gives back, or later."""
-        codec, layer = cache.codec, self.spec.layers[index]
-        bias = self._bias(cache, index, positions)
-        new = {key: x.transpose(1, 0, 2)[None] for key, x in (("keys", k - bias), ("values", v))}
-        made = stored(codec, xp, layer, new)
-        unfit = uncoded(xp, layer, positions[None], new, made)
-        if unfit.any():
-            raise refused(codec, [np.zeros_like(unfit)] * index + [unfit])
-        for number, head in enumerate(heads):
-            head.coded = {key: np.concatenate([old, made[key][0, number]]) for key, old in head.coded.items()}
-            if head.keys is not None:
-                head.keys = np.concatenate([head.keys, new["keys"][0, number]])
-        for side in () if codec.recent else SIDES:
-            read = shown(codec, xp, layer, made, side, np.float64)
-            for number, head in enumerate(heads):
-                own = read[0, number] + (bias[:, number] if side == "keys" else 0)
-                head.streams[side][len(head.positions) - len(k) :] = own
-
-    def _complete(self, cache: ReferenceCache, number: int, index: int) -> None:
-        """Code what is no longer among the newest tokens of a layer of a row: `framework/groups.py`."""
-        codec, row, layer = cache.codec, cache.content[number], self.spec.layers[index]
-        end = row.seen - row.seen % codec.recent
-        for which, head in enumerate(row.heads[index]):
-            slots = range(len(head.positions))
-            old = [slot for slot in slots if head.positions[slot] < row.seen - codec.recent]
-            values = {key: x[old] for key, x in parts_of(head.coded, "values").items()}
-            head.streams["values"][old] = decoded(codec, xp, values, "values", np.float64)
-            if not codec.together:
-                continue
-            assert head.keys is not None
-            rows, size = head.coded[ROW][:, 0], codec.together
-            due = [slot for slot in slots if rows[slot] < 0 and head.positions[slot] < end]
-            coded = [slot for slot in slots if rows[slot] >= 0]
-            living = sorted({int(rows[slot]) for slot in coded})
-            needed = -(-(len(due) + len(coded)) // size)
-            if codec.regroups and due and len(living) + -(-len(due) // size) > 2 * needed:
-                due, coded, living = sorted(due + coded), [], []
-                head.again += 1
-            for slot in coded:
-                rows[slot] = living.index(rows[slot])
-            head.groups = [head.groups[group] for group in living]
-            for start in range(0, len(due), size):
-                own = due[start : start + size]
-                queries = row.queries[index][which, :, -codec.queries :].reshape(-1, layer.head_dim)
-                x = head.keys[own].astype(np.float32)
-                each, once = codec.encode_group(
-                    xp, x, np.ones(len(own), bool), queries.astype(np.float32) if codec.queries else None
-                )
-                if not all(np.isfinite(part).all() for part in [x, *each.values(), *once.values()]):
-                    unfit = [np.zeros(one.kv_heads, bool) for one in self.spec.layers]
-                    unfit[index][which] = True
-                    raise refused(codec, unfit)
-                for key, part in each.items():
-                    head.coded[f"keys.{key}"][own] = part
-                rows[own] = len(head.groups)
-                head.groups.append(once)
-                parts = each | {key: np.stack([part] * len(own)) for key, part in once.items()}
-                head.keys[own] = decoded(codec, xp, parts, "keys", np.float64)
-            self._restore_keys(cache, index, which, head)
-
-    def _restore_keys(self, cache: ReferenceCache, index: int, which: int, head: Head) -> None:
-        """Make the keys of a head what the model sees of them, as they are stored."""
-        assert head.keys is not None
-        seen = head.keys + self._bias(cache, index, head.positions)[:, which]
-        if cache.codec.unrotated and not cache.policy.repositions:
-            seen = turned(self.spec.layers[index].rope, cache.length, seen[:, None], head.positions)[:, 0]
-        head.streams["keys"] = seen
-
-    def _bias(self, cache: ReferenceCache, index: int, positions: np.ndarray) -> np.ndarray:
-        """The key bias [tokens kv_heads head_dim] that a codec leaves out, rotated as the cache's keys are; else 0."""
-        layer = self.spec.layers[index]
-        shape = (len(positions), layer.kv_heads, layer.head_dim)
-        if not cache.codec.unbiased:
-            return np.zeros(shape)
-        bias = self.weights[f"layers.{index}.attention.key.bias"]
-        bias = np.broadcast_to(bias.reshape(layer.kv_heads, layer.head_dim), shape)
-        if cache.policy.repositions or cache.codec.unrotated:
-            return bias
-        return turned(layer.rope, cache.length, bias, positions)
 
     def _view(
         self, cache: ReferenceCache, number: int, index: int, sums: list, block: Block, phase: Any
@@ -503,22 +397,6 @@ class ReferenceModel(Model):
             taken.append(Decision(index, view.positions, scored, protected, stack([kept], -1), budget))
         return taken
 
-    def _stored(
-        self, codec: Codec, own: Layer, layer: LayerSnapshot, seen: np.ndarray
-    ) -> dict[Side, np.ndarray]:
-        """Keys and values of a saved layer as they are stored, read from their codes or among the newest tokens."""
-        exact = None
-        if codec.recent:
-            nothing: dict[Side, np.ndarray] = {
-                side: np.zeros((*layer.positions.shape[:2], 1, own.head_dim)) for side in SIDES
-            }
-            call = Call(nothing, np.full((len(seen), 1), -1, np.int32), seen, seen)
-            exact = exact_of(xp, codec, layer.tables, layer.positions, call)
-        return {
-            side: shown(codec, xp, own, layer.streams, side, np.float64, layer.tables, exact)
-            for side in SIDES
-        }
-
     def decode(
         self,
         cache: Any,
@@ -560,15 +438,15 @@ class ReferenceModel(Model):
             row.seen, row.dropped = int(held.seen[index]), int(held.dropped[index])
             for number, layer in enumerate(held.layers):
                 own = self.spec.layers[number]
-                streams = self._stored(cache.codec, own, layer, held.seen)
+                streams = read_stored(cache.codec, own, layer, held.seen)
                 row.heads[number] = [
                     restored_head(layer, streams, index, head, cache.codec) for head in range(own.kv_heads)
                 ]
                 for which, head in enumerate(row.heads[number]):
                     if cache.codec.recent:
-                        self._restore_keys(cache, number, which, head)
+                        restore_keys(self, cache, number, which, head)
                     elif cache.codec.unbiased:
-                        head.streams["keys"] += self._bias(cache, number, head.positions)[:, which]
+                        head.streams["keys"] += key_bias(self, cache, number, head.positions)[:, which]
                 if layer.queries is not None and layer.query_positions is not None:
                     row.queries[number] = layer.queries[index].astype(np.float64)
                     row.query_positions[number] = layer.query_positions[index]
@@ -599,17 +477,6 @@ def _spread(tokens: np.ndarray, rows: list[dict[str, np.ndarray]]) -> dict[str, 
         for index, row in enumerate(rows):
             result[key][index, tokens[index] >= 0] = row[key]
     return result
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
 @dataclass(frozen=True)
