@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from backends.torch.convert import widened
-from backends.torch.linear import Linear, Wide, joined
+from backends.torch.linear import Linear, Wide, many
 from framework.spec import Layer, ModelSpec
+
+BLOCK = 1024  # rows at a time: arrays of so many stay below 32 MiB
 
 
 class RmsNorm(nn.Module):
@@ -55,8 +57,23 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
-        gate, up = self.gate_up(x).chunk(2)
-        return self.down(joined(self.activation(gate) * up))
+        if not many(x):
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up)
+        return torch.cat([self._block(rows) for rows in x.flatten(0, -2).split(BLOCK)]).view_as(x)
+
+    def _block(self, rows: Float[torch.Tensor, "rows dim"]) -> Float[torch.Tensor, "rows dim"]:
+        """The same part by part, so that what is between is small.
+
+        The C library asks the system for larger pieces of memory each time anew, and clearing their pages takes longer
+        than to write them: whole, 2,048 rows of 4,864 gates took 19 ms where in place they take 5.
+        """
+        half = self.gate_up.parts // 2
+        parts = [
+            self.activation(self.gate_up.part(rows, index)) * self.gate_up.part(rows, half + index)
+            for index in range(half)
+        ]
+        return self.down(torch.cat(parts, dim=-1))
 
 
 class DecoderLayer(nn.Module):

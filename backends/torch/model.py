@@ -16,7 +16,7 @@ from backends.torch.decode import decode
 from backends.torch.decoder import Decoder, DecoderLayer
 from backends.torch.gradient import gradients
 from backends.torch.layer import Finish, LayerCache
-from backends.torch.linear import Wide, joined
+from backends.torch.linear import Wide
 from backends.torch.mixing import mixed, mixed_in_pages
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions, turned
@@ -435,7 +435,7 @@ class TorchModel(Model):
             real = real.any(1, keepdim=True)
         x = self.decoder.norm(x)
         tap("norm", x)
-        out = joined(self.decoder.head(x))
+        out = self.decoder.head(x)
         if self.spec.logit_softcap is not None:
             out = torch.tanh(out / self.spec.logit_softcap) * self.spec.logit_softcap
         tap("logits", out)
