@@ -46,45 +46,45 @@ def _asks(func: Any, args: Any, out: Any) -> bool:
 
 
 class Recorded:
-    """Calls `run`, which reads and writes tensors that stay. On CUDA, after a few calls, by a graph of it.
+    """Runs what reads and writes tensors that stay, the same each time. On CUDA, after a few calls, by a graph of it.
 
-    Where `run` asks the host, as a policy's own code may, there is no graph: it is called each time.
+    Where it asks the host, as a policy's own code may, there is no graph: it is run each time.
     """
 
-    def __init__(self, run: Callable[[], None], device: torch.device):
-        self.run, self.calls, self.records = run, 0, device.type == "cuda"
+    def __init__(self, device: torch.device):
+        self.calls, self.records = 0, device.type == "cuda"
         self.asks: list[str] = []
         self.graph: Any = None
 
-    def __call__(self) -> None:
+    def __call__(self, run: Callable[[], None]) -> None:
         if self.records and self.graph is None and self.calls >= WARM and not self.asks:
-            self.graph = self._graph()
+            self.graph = self._graph(run)
         if self.graph is not None:
             self.graph.replay()
         elif self.records:
-            self._warm()
+            self._warm(run)
         else:
-            self.run()
+            run()
         self.calls += 1
 
-    def _warm(self) -> None:
+    def _warm(self, run: Callable[[], None]) -> None:
         """A run that counts, on a stream of its own, as a recording wants it."""
         stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             if self.calls:
-                self.run()
+                run()
             else:
                 with Watch() as watch:
-                    self.run()
+                    run()
                 self.asks = watch.found
         here.wait_stream(stream)
 
-    def _graph(self) -> Any:
+    def _graph(self, run: Callable[[], None]) -> Any:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.run()
+                run()
         except RuntimeError as error:
             first = (str(error).splitlines() or [""])[0][:200]
             raise KvtwinError(

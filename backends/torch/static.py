@@ -151,7 +151,7 @@ class Step:
         rows = LOOK if sampling.temperature else 0
         self.noise = torch.zeros(rows, batch, model.spec.vocab, dtype=torch.float32, device=device)
         self.bad = torch.zeros(len(layers), dtype=torch.bool, device=device)
-        self.recorded = Recorded(self.run, device)
+        self.recorded = Recorded(device)
 
     def _layer(self, layer: Any, cache: TorchCache) -> StaticLayer:
         """The layer with room for what comes, in tensors that stay."""
@@ -210,7 +210,7 @@ class Step:
         if noise is not None:
             self.noise[:count].copy_(to_torch(noise, device=self.model.device))
         for _ in range(count):
-            self.recorded()
+            self.recorded(self.run)
         if wrong := torch.nonzero(self.bad).flatten().tolist():
             what = name(self.cache.policy)
             raise KvtwinError(f"policy {what} scored NaN in layer {wrong[0]}; expected numbers")

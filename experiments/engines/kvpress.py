@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_case import PRESSES, Case
+from experiments.bench_case import FLOAT, PRESSES, Case
 from experiments.engines.protocol import Block, Program, serve
 
 CLASSES = {
@@ -35,9 +35,9 @@ class Kvpress(Program):
         self.kvpress, self.torch, self.transformers = kvpress, torch, transformers
         self.model: Any = None
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, dtype: str = FLOAT) -> None:
         self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.torch.float32, attn_implementation="sdpa", local_files_only=True
+            folder, dtype=getattr(self.torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).eval()
 
     def prepare(self, case: Case) -> Block:
