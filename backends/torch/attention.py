@@ -1,6 +1,7 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
 import operator
+from contextlib import nullcontext
 from functools import reduce
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import array_api_compat.torch as xp
 import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backends.torch.convert import widened
@@ -19,6 +21,8 @@ from framework.spec import Layer
 
 SPAN = 1024  # coded slots that are read at a time
 BLOCK = 256  # queries at a time, so that no tokens x tokens array is ever made
+# Those of CUDA that give 0 to a query that sees no slot, as one on a CPU does.
+ZERO_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LARGER = 4  # times as many on a GPU, which small products leave idle
 
 
@@ -112,6 +116,13 @@ def _fused(
     v: Float[torch.Tensor, "batch kv_heads slots width"],
     mask: Bool[torch.Tensor, "batch kv_heads tokens slots"],
     scale: float,
+) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
+    with sdpa_kernel(ZERO_SAFE) if q.is_cuda else nullcontext():
+        return _sdpa(q, k, v, mask, scale)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
     if q.shape[3] == 1:
         out = functional.scaled_dot_product_attention(q[..., 0, :], k, v, attn_mask=mask, scale=scale)

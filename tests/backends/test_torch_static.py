@@ -29,6 +29,7 @@ POLICIES = (
     "key_norm(budget=9)",
     "snapkv(budget=9, window=4, kernel=3)",
 )
+FAST = [pytest.param(one, marks=pytest.mark.slow) if one in POLICIES[4:6] else one for one in POLICIES]
 STEPS = LOOK + 5
 HOST = {"compactor", "fastgen", "leverage", "sink_recent"}  # make a tensor of the host's numbers in a hook
 
@@ -82,7 +83,7 @@ def stops(policy: str | Policy, sampling: Sampling) -> list[int]:
     return [int(tokens[0, 5]), int(tokens[2, LOOK + 1])]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", FAST)
 def test_it_is_the_eager_loop(policy: str) -> None:
     stop = stops(policy, Sampling())
     expected = looped(eager, policy, Sampling(), stop)
@@ -115,7 +116,7 @@ def test_it_is_the_eager_loop_where_tokens_are_drawn(policy: str) -> None:
     agree(expected, looped(static, policy, sampling, stop, **rest))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_it_is_the_eager_loop_in_other_families(family: str) -> None:
     """Soft-caps, post-norms, norms of queries, other ropes, windows."""
     spec, weights = tiny_model(family, 1)
