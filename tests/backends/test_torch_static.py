@@ -65,6 +65,7 @@ def inferred(loop: Any, *given: Any, **more: Any) -> Any:
 def agree(expected: Any, found: Any, model: Any = None) -> None:
     """The same tokens, logits and state, and the same a few eager steps later."""
     model = model or hybrid("torch")
+    assert counts(found[2]) == counts(expected[2])
     for steps in range(4):
         assert (found[0] == expected[0]).all()
         assert drift(found[1], expected[1]) <= 1e-12
@@ -75,6 +76,11 @@ def agree(expected: Any, found: Any, model: Any = None) -> None:
         found, expected = (
             (given, *model.step(given, cache, logits="all")) for _, _, cache in (found, expected)
         )
+
+
+def counts(cache: Any) -> list[tuple[int, int]]:
+    """What the host knows of each layer: tokens that a head may hold, and where the free slots begin."""
+    return [(one.used, -1 if cache.overwrites(one) else one.fill) for one in cache.layers]
 
 
 def stops(policy: str | Policy, sampling: Sampling) -> list[int]:
@@ -89,6 +95,16 @@ def test_it_is_the_eager_loop(policy: str) -> None:
     expected = looped(eager, policy, Sampling(), stop)
     found = looped(static, policy, Sampling(), stop)
     assert (expected[0][0, 6:] == -1).all()
+    agree(expected, found)
+
+
+@pytest.mark.parametrize("policy", ["full()", "snapkv(budget=9, window=4, kernel=3)"])
+def test_steps_after_the_last_row_has_stopped_leave_nothing(policy: str) -> None:
+    """The host looks later than that."""
+    (tokens, _, _) = looped(eager, policy, Sampling(), [])
+    stop = [int(row[3]) for row in tokens]
+    expected, found = (looped(loop, policy, Sampling(), stop) for loop in (eager, static))
+    assert (expected[0][:, 4:] == -1).all()
     agree(expected, found)
 
 
