@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from experiments import bench_report
-from experiments.bench_case import SUITES, Group, title
-from experiments.bench_engine import METER, Engine, Failed, foreign_place, known, versions
+from experiments.bench_case import GPU, SUITES, Group, title
+from experiments.bench_engine import METER, Engine, Failed, foreign_place, gpu_of, known, versions
 from experiments.bench_model import SHAPES, Subject, cache_folder, subject
 from experiments.bench_result import results
 from experiments.bench_row import append, fitting, machine, newest, read
@@ -28,7 +28,7 @@ def command(
         str,
         typer.Option(
             help="quick: two minutes; table: what the targets are about, an hour or more; sweep: by context, batch, "
-            "policy and codec."
+            "policy and codec; gpu: some minutes on a GPU, in bfloat16."
         ),
     ] = "quick",
     model: Annotated[
@@ -68,20 +68,21 @@ def command(
     """Time the backends beside their peers, in turns, and how near they come to the read bandwidth of the machine.
 
     Every round is written to bench.jsonl as it is measured: an interrupted run goes on when it is started again. A peer
-    that is not installed is named and left out; one that fails gets a row that says why. Float32, on the CPU alone.
+    that is not installed is named and left out; one that fails gets a row that says why. Float32, on the CPU alone, but
+    for the suite gpu, which measures nothing where there is none.
     """
     if suite not in SUITES:
         raise KvtwinError(f"no suite {suite!r}; expected one of {', '.join(SUITES)}")
     place = folder(out)
     if not report:
         make, usual = SUITES[suite]
-        _measure(
-            chosen(make(model or usual), engine, only),
-            known(kvpress_python),
-            rounds,
-            place,
-            models or cache_folder(),
-        )
+        groups = chosen(make(model or usual), engine, only)
+        engines, gpu = known(kvpress_python), None
+        if suite == GPU:
+            engines, gpu = seeing(engines)
+            if gpu is None:
+                return
+        _measure(groups, engines, rounds, place, models or cache_folder(), gpu)
     _report(place, f"kvtwin bench --suite {suite}" if markdown else None)
 
 
@@ -108,11 +109,33 @@ def present(engines: Mapping[str, Engine], names: Sequence[str]) -> dict[str, di
     return found
 
 
+def seeing(engines: Mapping[str, Engine]) -> tuple[dict[str, Engine], str | None]:
+    """Those engines whose library sees a GPU, and its name; None where torch, which reads the bandwidth, sees none."""
+    try:
+        name = gpu_of("torch")
+    except Failed as error:
+        say(f"nothing is measured: {error}")
+        return {}, None
+    try:
+        gpu_of("jax")
+    except Failed as error:
+        say(f"flax is left out: {error}")
+        return {key: each for key, each in engines.items() if "jax" not in each.packages}, name
+    return dict(engines), name
+
+
 def _measure(
-    groups: Sequence[Group], engines: Mapping[str, Engine], rounds: int, place: Path, models: Path
+    groups: Sequence[Group],
+    engines: Mapping[str, Engine],
+    rounds: int,
+    place: Path,
+    models: Path,
+    gpu: str | None = None,
 ) -> None:
-    path, here = place / ROWS, machine()
-    there = present(engines, list(dict.fromkeys(entry.engine for group in groups for entry in group)))
+    """Run the groups; `gpu`: the name of one that the engines are to use."""
+    path, here = place / ROWS, machine() | ({} if gpu is None else {"gpu": gpu})
+    asked = dict.fromkeys(entry.engine for group in groups for entry in group)
+    there = present(engines, [name for name in asked if name in engines])
     every = read(path)
     rows = fitting(every, here, there)
     if other := sum(row.engine in there for row in every) - len(rows):
@@ -123,7 +146,7 @@ def _measure(
         return subject(name, models, say)
 
     with ExitStack() as stack:
-        workers = Workers(place, stack.enter_context(foreign_place()))
+        workers = Workers(place, stack.enter_context(foreign_place()), gpu is not None)
         stack.callback(lambda: workers.end(list(workers.running)))
         meter = Meter(lambda: workers.new(METER))
         stack.callback(meter.close)

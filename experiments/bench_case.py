@@ -11,8 +11,9 @@ Kind = Literal["decode", "prefill", "start", "import"]
 
 SMALL, REAL = "stories110m", "qwen2.5-0.5b"
 OURS = ("torch", "flax")
-DYNAMIC, PRESS, IMPORTS = "hf-dynamic", "kvpress", "imports"
-FULL = "full()"
+DYNAMIC, COMPILE, PRESS, IMPORTS = "hf-dynamic", "hf-compile", "kvpress", "imports"
+FULL, FLOAT, HALF = "full()", "float32", "bfloat16"
+BYTES = {FLOAT: 4, HALF: 2}  # of a number
 KEPT = 0.25  # of a prompt that kvpress and kvtwin compress
 # The settings that the classes of kvpress have by themselves.
 PRESSES = (
@@ -31,7 +32,7 @@ class Case:
     `decode`: `steps` greedy tokens behind `context` tokens, as one block; its unit is a step of all rows. `prefill`: a
     prompt of `context` tokens, compressed at its end where there is a policy. `start`: a new process until it has
     chosen the first token behind `context` tokens; `cold`: with empty compile caches. `import`: a new process that
-    imports `framework` and ends.
+    imports `framework` and ends. `dtype`: in which it is computed.
     """
 
     kind: Kind
@@ -42,12 +43,14 @@ class Case:
     codec: str = FULL
     steps: int = 16
     cold: bool = False
+    dtype: str = FLOAT
 
     def __str__(self) -> str:
         words = [self.kind, *(["cold"] if self.cold else []), self.model]
         words += [str(self.context)] if self.context else []
         words += [f"x{self.batch}"] if self.batch > 1 else []
-        return " ".join(words + [each for each in (self.policy, self.codec) if each != FULL])
+        words += [each for each in (self.policy, self.codec) if each != FULL]
+        return " ".join(words if self.dtype == FLOAT else [*words, self.dtype])
 
     @property
     def units(self) -> int:
@@ -119,7 +122,7 @@ def quick(model: str) -> list[Group]:
 
 def table(model: str) -> list[Group]:
     """What the table of targets in the README is made of."""
-    peers = (DYNAMIC, "hf-static", "hf-compile")
+    peers = (DYNAMIC, "hf-static", COMPILE)
     groups = [contest(Case("decode", model, context), (*OURS, *peers), DYNAMIC) for context in (128, 2048)]
     groups += [contest(Case("decode", model, 128, batch=8), (*OURS, DYNAMIC), DYNAMIC)]
     groups += [
@@ -146,4 +149,19 @@ def sweep(model: str) -> list[Group]:
     return groups
 
 
-SUITES = {"quick": (quick, SMALL), "table": (table, REAL), "sweep": (sweep, SMALL)}
+def gpu(model: str) -> list[Group]:
+    """What there is to say of a GPU, in some minutes: all engines on full caches, a budget, a prompt, in bfloat16."""
+    peers = (DYNAMIC, "hf-static", COMPILE)
+    decode = Case("decode", model, dtype=HALF, steps=128)
+    groups = [
+        contest(replace(decode, context=context, batch=batch), (*OURS, *peers), COMPILE)
+        for batch in (1, 8)
+        for context in (128, 2048)
+    ]
+    groups += [contest(Case("prefill", model, 2048, dtype=HALF), (*OURS, DYNAMIC), DYNAMIC)]
+    near, far = (replace(decode, context=seen, policy="h2o(budget=1024)") for seen in (2048, 32768))
+    return [*groups, flatness(near, far, OURS)]
+
+
+GPU = "gpu"  # the suite that is run there, and nowhere else
+SUITES = {"quick": (quick, SMALL), "table": (table, REAL), "sweep": (sweep, SMALL), GPU: (gpu, REAL)}

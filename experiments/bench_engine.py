@@ -84,6 +84,37 @@ def versions(engine: Engine) -> dict[str, str]:
     return found | ({"kvtwin": _checksum(engine.sources)} if engine.sources else {})
 
 
+# What a library sees of a GPU: its name, or on a second line why there is none.
+SIGHT = {
+    "torch": """
+import torch
+there = torch.cuda.is_available()
+print(torch.cuda.get_device_name() if there else "", f"torch {torch.__version__} sees no CUDA device", sep="\\n")
+""",
+    "jax": """
+import jax
+one = jax.devices()[0]
+there = one.platform == "gpu"
+print(one.device_kind if there else "", f"jax {jax.__version__} sees only {one.platform}", sep="\\n")
+""",
+}
+
+
+def gpu_of(library: str) -> str:
+    """The name of the GPU that a library sees. Raises Failed."""
+    env = {key: value for key, value in os.environ.items() if key not in DROPPED} | WITH_GPU
+    words = [sys.executable, "-c", SIGHT[library]]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise Failed(
+            f"no GPU: {library} does not start: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}"
+        )
+    name, why = done.stdout.splitlines()[-2:]
+    if not name:
+        raise Failed(f"no GPU: {why}")
+    return name
+
+
 def _checksum(sources: Sequence[str]) -> str:
     files = sorted(file for source in sources for file in (ROOT / source).rglob("*.py"))
     return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
@@ -100,15 +131,20 @@ def _plain(engine: Engine) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in dropped}
 
 
-def environment(engine: Engine, compile_cache: Path | None = None) -> dict[str, str]:
-    """What a program is started with: every core, no GPU, no network; another compile cache where one is named."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+# Several processes hold the GPU at once: none may take all of its memory beforehand.
+WITH_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def environment(engine: Engine, compile_cache: Path | None = None, gpu: bool = False) -> dict[str, str]:
+    """What a program is started with: every core, no network, a GPU or none; another compile cache where one is
+    named."""
     found = _plain(engine) | {
         "OMP_NUM_THREADS": str(cores()),
-        "CUDA_VISIBLE_DEVICES": "",
-        "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    found |= WITH_GPU if gpu else NO_GPU
     if compile_cache is not None:
         found |= {
             "JAX_COMPILATION_CACHE_DIR": str(compile_cache),

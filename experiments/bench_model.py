@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_case import REAL, SMALL, Case
+from experiments.bench_case import BYTES, FLOAT, REAL, SMALL, Case
 from framework.checkpoint import locate
 from framework.codec import codecs
 from framework.config import read_config
@@ -20,8 +20,6 @@ from framework.footprint import footprint
 from framework.policy import policies
 from framework.spec import ModelSpec
 from framework.weights import Weights, shapes, write
-
-FLOAT = 4  # bytes of a float32, in which all engines compute
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The 110M model of karpathy/tinyllamas.
@@ -68,18 +66,23 @@ class Subject:
 
     @property
     def weights_bytes(self) -> int:
-        """Of all weights."""
-        return FLOAT * sum(int(np.prod(shape)) for shape in shapes(self.spec).values())
+        """Of all weights, in float32."""
+        return BYTES[FLOAT] * self.parameters
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the weights are."""
+        return sum(int(np.prod(shape)) for shape in shapes(self.spec).values())
 
     def step_bytes(self, case: Case) -> float:
         """What the average decode step of a block has to read: weights once, live keys and values of all rows.
 
         Of the embeddings only those of the tokens are read, where the output matrix is another one.
         """
-        rows = 0 if self.spec.tied else FLOAT * self.spec.vocab * self.spec.dim
+        rows, size = 0 if self.spec.tied else self.spec.vocab * self.spec.dim, BYTES[case.dtype]
         policy, codec = policies.make(case.policy), codecs.make(case.codec)
-        live = footprint(self.spec, policy, codec, case.context + case.steps // 2, FLOAT)
-        return self.weights_bytes - rows + case.batch * live.kv
+        live = footprint(self.spec, policy, codec, case.context + case.steps // 2, size)
+        return size * (self.parameters - rows) + case.batch * live.kv
 
 
 def cache_folder() -> Path:

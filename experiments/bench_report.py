@@ -34,7 +34,9 @@ def machine_line(rows: Sequence[Row]) -> str:
     machine = rows[-1].machine
     readings = sorted(each for row in rows if row.bandwidth for each in row.bandwidth)
     read = f", {readings[len(readings) // 2] / 1e9:.1f} GB/s read" if readings else ""
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory']} GiB{read}; float32"
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
+    dtypes = " and ".join(dict.fromkeys(row.case.dtype for row in rows))
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory']} GiB{read}; {dtypes}"
 
 
 def versions_line(rows: Sequence[Row]) -> str:

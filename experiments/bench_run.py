@@ -97,7 +97,7 @@ class Bench:
         if entry.case.kind == "start":
             # Once without counting, so that the model is in memory and what is compiled is kept.
             return {} if entry.case.cold else self._start(entry, None)
-        worker = self.workers.get(self.engines[entry.engine], self._folder(entry))
+        worker = self.workers.get(self.engines[entry.engine], self._folder(entry), entry.case.dtype)
         return worker.ask("prepare", case=asdict(entry.case))
 
     def _folder(self, entry: Entry) -> str:
@@ -162,7 +162,7 @@ class Bench:
         try:
             clock.append(time.perf_counter())
             resident = worker.resident()
-            worker.ask("load", folder=self._folder(entry))
+            worker.ask("load", folder=self._folder(entry), dtype=entry.case.dtype)
             clock.append(time.perf_counter())
             worker.ask("prepare", case=asdict(entry.case))
             clock.append(time.perf_counter())

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.bench_case import FULL, OURS, Case, Kind
+from experiments.bench_case import FLOAT, FULL, HALF, OURS, Case, Kind
 from experiments.bench_result import Result, Spread
 
 Value = Callable[[Result], Spread | None]
@@ -31,11 +31,21 @@ class Target:
 
 
 def full(kind: Kind, *contexts: int, batch: int = 1) -> Callable[[Case], bool]:
-    """Full caches of these contexts."""
+    """Full caches of these contexts, on a CPU."""
     return lambda case: (
-        (case.kind, case.batch, case.policy, case.codec) == (kind, batch, FULL, FULL)
+        (case.kind, case.batch, case.policy, case.codec, case.dtype) == (kind, batch, FULL, FULL, FLOAT)
         and case.context in contexts
     )
+
+
+def on_gpu(case: Case) -> bool:
+    """Decode with full caches on a GPU, which alone is measured in this dtype."""
+    return (case.kind, case.policy, case.codec, case.dtype) == ("decode", FULL, FULL, HALF)
+
+
+def alone_on_gpu(case: Case) -> bool:
+    """Of these, one sequence behind a short context: what is read are the weights."""
+    return on_gpu(case) and (case.batch, case.context) == (1, 128)
 
 
 def start(cold: bool) -> Callable[[Case], bool]:
@@ -116,6 +126,8 @@ TARGETS = (
     Target("first token of a new process, s over loading", start(cold=False), over_loading, 5.0),
     Target("the same, nothing compiled before", start(cold=True), over_loading, 20.0),
     Target("loading and the first step, peak memory / weights", start(cold=False), peak, 1.3),
+    Target("decode on a GPU, tokens/s over hf-compile", on_gpu, speed, 1.2, True),
+    Target("decode on a GPU at 128, share of its read bandwidth", alone_on_gpu, limit, 0.6, True),
     Target("import framework, s", lambda case: case.kind == "import", seconds, 0.3, engines=("imports",)),
 )
 

@@ -154,25 +154,29 @@ def _without_which_nothing_goes() -> Iterator[None]:
 
 @dataclass
 class Workers:
-    """The processes of a run, by engine. `foreign`: the folder from which other interpreters import the programs."""
+    """The processes of a run, by engine. `foreign`: the folder from which other interpreters import the programs.
+    `gpu`: whether they may see one."""
 
     logs: Path
     foreign: Path
+    gpu: bool = False
     running: dict[str, Worker] = field(default_factory=dict)
 
     def new(self, engine: Engine, compile_cache: Path | None = None) -> Worker:
         """A process that is no part of this."""
         place = self.foreign if engine.foreign else ROOT
-        return Worker(engine, self.logs / f"{engine.name}.log", place, environment(engine, compile_cache))
+        return Worker(
+            engine, self.logs / f"{engine.name}.log", place, environment(engine, compile_cache, self.gpu)
+        )
 
-    def get(self, engine: Engine, folder: str) -> Worker:
+    def get(self, engine: Engine, folder: str, dtype: str) -> Worker:
         """The engine's process with this model loaded; a new one where it has ended, or holds another model."""
-        worker = self.running.get(engine.name)
-        if worker is None or not worker.alive or worker.loaded != folder:
+        worker, what = self.running.get(engine.name), f"{folder} {dtype}"
+        if worker is None or not worker.alive or worker.loaded != what:
             self.end([engine.name])
             worker = self.running[engine.name] = self.new(engine)
-            worker.ask("load", folder=folder)
-            worker.loaded = folder
+            worker.ask("load", folder=folder, dtype=dtype)
+            worker.loaded = what
         return worker
 
     def end(self, names: Sequence[str]) -> None:

@@ -5,6 +5,12 @@ Bad input ends with its message on standard error and exit code 2, without a tra
 
 import sys
 
+from experiments.installed import advice, missing
+
+if absent := missing():
+    print(f"kvtwin: {advice(absent)}", file=sys.stderr)
+    sys.exit(2)
+
 import typer
 
 from experiments import (

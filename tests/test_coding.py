@@ -299,8 +299,10 @@ def test_blocks_of_slots_and_queries_mean_nothing(
     lengths = (61, 80, 44)
     module = getattr(backends, backend).attention
     monkeypatch.setattr(module, "SPAN", 24)
-    monkeypatch.setattr(module, "BLOCK", 32)
-    if backend == "flax":
+    if backend == "torch":
+        monkeypatch.setattr(module, "BLOCK", 32)
+    else:
+        monkeypatch.setattr(module, "ON_CPU", module.Way(32, True))
         monkeypatch.setattr(module, "STEP", 16)
         monkeypatch.setattr(module, "RUNG", 40)
     with unchecked():

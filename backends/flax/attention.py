@@ -18,9 +18,27 @@ from framework.spec import Layer
 
 SPAN = 1024  # coded slots that are read at a time
 STEP = 256  # exact slots that one query reads at a time
-BLOCK = 64  # queries at a time: no tokens x tokens array is ever made, and what is made stays near the cores
 RUNG = 256  # of more tokens than this, only a part reads all keys
 RUNGS = 8  # such parts, at most
+
+
+@dataclass(frozen=True)
+class Way:
+    """How attention is cut up: `block` queries at a time, so that no tokens x tokens array is ever made; and where
+    `in_turn`, one query reads exact slots part by part, instead of all that the buffers have room for."""
+
+    block: int
+    in_turn: bool
+
+
+ON_CPU = Way(64, True)  # what is made stays near the cores
+ON_GPU = Way(512, False)  # few large operations: each begins late, and a loop asks the host at every turn
+
+
+def usual() -> Way:
+    """The way of the device that jax computes on."""
+    return ON_CPU if jax.default_backend() == "cpu" else ON_GPU
+
 
 Span = tuple[Any, int]  # where some slots begin, which may be traced, and how many they are
 Block = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array | None]]
@@ -35,16 +53,18 @@ def attention(
     layer: Layer,
     with_sums: bool,
     used: Int[jax.Array, ""] | None = None,
+    way: Way | None = None,
 ) -> tuple[
     Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
 ]:
     """The mixed values of each query and, if asked, what each slot received (mean over the group, sum over queries).
 
-    A query at position -1 gives 0. Products add up in at least float32. Where there are more than `BLOCK` queries, the
-    last slots are their own, in order. `used`: of the slots from here on one query alone need not know.
+    A query at position -1 gives 0. Products add up in at least float32. Where there are more queries than a block has,
+    the last slots are their own, in order. `used`: of the slots from here on one query alone need not know. `way`: that
+    of the device where none is given.
     """
-    slots = keys.shape[2]
-    if queries.shape[3] == 1 and slots >= 2 * STEP:
+    slots, way = keys.shape[2], way or usual()
+    if queries.shape[3] == 1 and slots >= 2 * STEP and way.in_turn:
         return _one_query(queries, keys, values, query_positions, key_positions, layer, with_sums, used)
 
     def block(q: jax.Array, at: jax.Array, reach: int) -> tuple[jax.Array, jax.Array | None]:
@@ -52,7 +72,7 @@ def attention(
         return _block(q, k, v, at, held, layer, with_sums)
 
     nothing = jnp.zeros(key_positions.shape, wide(keys.dtype)) if with_sums else None
-    return _in_blocks(block, queries, query_positions, slots, nothing)
+    return _in_blocks(block, queries, query_positions, slots, nothing, way.block)
 
 
 def _in_blocks(
@@ -61,20 +81,21 @@ def _in_blocks(
     query_positions: Int[jax.Array, "batch tokens"],
     slots: int,
     nothing: Float[jax.Array, "batch kv_heads slots"] | None,
+    size: int,
 ) -> tuple[
     Float[jax.Array, "batch kv_heads group tokens width"], Float[jax.Array, "batch kv_heads slots"] | None
 ]:
-    """What `block` gives for some queries and their positions, for all queries; its sums add up from `nothing`.
+    """What `block` gives for `size` queries and their positions, for all queries; its sums add up from `nothing`.
 
     `block` is told how many slots its queries may reach. These are the slots up to the end of the rung that the block
     is on: one rung for all blocks would read twice what is needed, one for each would be compiled one by one.
     """
     tokens = queries.shape[3]
-    if tokens <= BLOCK:
+    if tokens <= size:
         return block(queries, query_positions, slots)
-    blocks, rungs = -(-tokens // BLOCK), min(RUNGS, -(-tokens // max(RUNG, BLOCK)))
+    blocks, rungs = -(-tokens // size), min(RUNGS, -(-tokens // max(RUNG, size)))
     mixed, sums = [], nothing
-    edges = [min(BLOCK * (blocks * rung // rungs), tokens) for rung in range(rungs + 1)]
+    edges = [min(size * (blocks * rung // rungs), tokens) for rung in range(rungs + 1)]
     for start, end in zip(edges, edges[1:], strict=False):
         reach = slots - tokens + end
         some, more = _on_rung(
@@ -83,6 +104,7 @@ def _in_blocks(
             queries[:, :, :, start:end],
             query_positions[:, start:end],
             None if sums is None else jnp.zeros_like(sums[:, :, :reach]),
+            size,
         )
         mixed.append(some)
         if sums is not None:
@@ -96,14 +118,15 @@ def _on_rung(
     queries: jax.Array,
     query_positions: jax.Array,
     nothing: jax.Array | None,
+    size: int,
 ) -> tuple[jax.Array, jax.Array | None]:
     tokens = queries.shape[3]
-    blocks = -(-tokens // BLOCK)
-    short = blocks * BLOCK - tokens
+    blocks = -(-tokens // size)
+    short = blocks * size - tokens
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, short), (0, 0)))
     query_positions = jnp.pad(query_positions, ((0, 0), (0, short)), constant_values=EMPTY)
-    cut_queries = jnp.moveaxis(queries.reshape(*queries.shape[:3], blocks, BLOCK, -1), 3, 0)
-    cut_positions = jnp.moveaxis(query_positions.reshape(-1, blocks, BLOCK), 1, 0)
+    cut_queries = jnp.moveaxis(queries.reshape(*queries.shape[:3], blocks, size, -1), 3, 0)
+    cut_positions = jnp.moveaxis(query_positions.reshape(-1, blocks, size), 1, 0)
 
     @jax.checkpoint  # the probabilities of a block are made again when its gradient is due
     def one(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
@@ -111,7 +134,7 @@ def _on_rung(
         return (None if total is None else total + sums), mixed
 
     sums, mixed = jax.lax.scan(one, nothing, (cut_queries, cut_positions))
-    mixed = jnp.moveaxis(mixed, 0, 3).reshape(*queries.shape[:3], blocks * BLOCK, -1)
+    mixed = jnp.moveaxis(mixed, 0, 3).reshape(*queries.shape[:3], blocks * size, -1)
     return mixed[:, :, :, :tokens], sums
 
 
@@ -300,7 +323,7 @@ def coded_attention(
         return _coded_block(q, k, v, coded, at, held, layer, first, with_sums, used)
 
     nothing = jnp.zeros(both.shape, wide(keys.dtype)) if with_sums else None
-    mixed, sums = _in_blocks(block, queries, query_positions, both.shape[2], nothing)
+    mixed, sums = _in_blocks(block, queries, query_positions, both.shape[2], nothing, usual().block)
     return mixed, None if sums is None or place is None else by_slot(jnp, sums, first, place)
 
 

@@ -14,11 +14,12 @@ DTYPES = {"float32": jnp.float32, "float64": jnp.float64, "bfloat16": jnp.bfloat
 
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """64-bit types exist inside for float64 and only then; float32 products are not rounded to TF32.
+    """64-bit types exist inside for float64 and only then; products of a float32 model are not rounded to TF32.
 
     Outside of it jax casts a float64 array down without a word, so every call of a model runs inside.
     """
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+    exact = None if dtype == "bfloat16" else "highest"
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision(exact):
         yield
 
 

@@ -1,6 +1,7 @@
 """Attention over a cache: masks from positions, grouped queries without repeating keys, blocks of queries."""
 
 import operator
+from contextlib import nullcontext
 from functools import reduce
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import array_api_compat.torch as xp
 import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backends.torch.convert import widened
@@ -19,6 +21,9 @@ from framework.spec import Layer
 
 SPAN = 1024  # coded slots that are read at a time
 BLOCK = 256  # queries at a time, so that no tokens x tokens array is ever made
+# Those of CUDA that give 0 to a query that sees no slot, as one on a CPU does.
+ZERO_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+LARGER = 4  # times as many on a GPU, which small products leave idle
 
 
 def attention(
@@ -57,10 +62,14 @@ def attention(
     if fused and whole and (first == 0 or tokens == 1):
         end = first + tokens
         return _fused(queries, keys[:, :, :end], values[:, :, :end], None, layer.scale), None
+    if fused and tokens == 1:
+        end = first + 1
+        mask = attends(query_positions[:, None, :, None], key_positions[:, :, None, :end], layer.window)
+        return _fused(queries, keys[:, :, :end], values[:, :, :end], mask, layer.scale), None
     mixed = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
     sums = widened(keys.new_zeros(key_positions.shape)) if with_sums else None
     # Where the probabilities are made, a few arrays of their size live at once.
-    block = BLOCK if fused else BLOCK // 8
+    block = (BLOCK if fused else BLOCK // 8) * (LARGER if queries.is_cuda else 1)
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         end = first + stop
@@ -85,6 +94,13 @@ def _fused(
     scale: float,
 ) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
     """What the queries mix. Without a mask: one token over all slots, or as many as slots, each up to its own."""
+    with sdpa_kernel(ZERO_SAFE) if q.is_cuda and mask is not None else nullcontext():
+        return _sdpa(q, k, v, mask, scale)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> Float[torch.Tensor, "batch kv_heads group tokens width"]:
     fused = functional.scaled_dot_product_attention
     if q.shape[3] == 1:
         return fused(q[..., 0, :], k, v, attn_mask=mask, scale=scale)[..., None, :]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from framework.spec import ModelSpec
 
 @dataclass(repr=False, eq=False)
 class TorchCache(Cache):
-    """Layers of one batch, with what each row has seen."""
+    """Layers of one batch, with what each row has seen. `step`: what last decoded it on buffers that stay, to be used
+    again while these are still its own."""
 
     spec: ModelSpec
     policy: Policy
@@ -42,6 +44,7 @@ class TorchCache(Cache):
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     layouts: list[Pages | None] = field(default_factory=list)
     consumed: bool = False
+    step: Any = None
 
     @property
     def batch(self) -> int:
@@ -168,7 +171,7 @@ class TorchCache(Cache):
         ]
         budgets = [None if each is None else each[index] for each in self.budgets]
         rows = {key: getattr(self, key)[index] for key in ("row_seen", "dropped", "question")}
-        result = replace(self, layers=layers, budgets=budgets, **rows)
+        result = replace(self, layers=layers, budgets=budgets, step=None, **rows)
         result.bind()
         result.settle()
         return result

@@ -21,10 +21,16 @@ class RmsNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
-        # Not functional.rms_norm, which takes seven times as long for 2,048 rows of 896 on a CPU.
+        if x.is_cuda and not self.offset:
+            return self.fused(x)
+        # On a CPU functional.rms_norm takes seven times as long, for 2,048 rows of 896.
         wide = widened(x)
         weight = widened(self.weight) + self.offset if self.offset else widened(self.weight)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
+
+    def fused(self, x: Float[torch.Tensor, "*axes dim"]) -> Float[torch.Tensor, "*axes dim"]:
+        """The same in one kernel of a GPU, without an offset."""
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -150,6 +150,13 @@ class HeldLayer(ABC):
         self.put(memory={key: chosen(key, old) for key, old in self.memory.items() if key in memory})
         self.heads = {key: chosen(key, old) for key, old in self.heads.items()}
 
+    def room(self, filled: torch.Tensor, active: torch.Tensor) -> tuple[int, bool]:
+        """The most tokens that a head may hold after an eviction, and whether every row is evicted."""
+        # A row that takes no part in this call keeps what it has gathered since its own last eviction.
+        whole = bool(active.all())
+        idle = 0 if whole else int(filled[~active].sum(-1).max())
+        return min(self.used, max(self.bound, idle)), whole
+
     def compact(
         self,
         policy: Policy,
@@ -168,10 +175,7 @@ class HeldLayer(ABC):
         filled = seen.filled
         bad = (torch.isnan(scores) if scores.is_floating_point() else torch.zeros_like(filled)) & filled
         living = alive(seen.positions, seen.seen, self.spec.window)
-        # A row that takes no part in this call keeps what it has gathered since its own last eviction.
-        whole = bool(active.all())
-        idle = 0 if whole else int(filled[~active].sum(-1).max())
-        room = min(self.used, max(self.bound, idle))
+        room, whole = self.room(filled, active)
         slots = room + policy.interval
         index = survivors(xp, scores, protected, living, budget, slots)
         index = torch.where(active[:, None, None], index, _all(filled, slots))

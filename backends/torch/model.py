@@ -171,7 +171,7 @@ class TorchModel(Model):
         cache.consume()
         given = cache
         restorable = [] if cache.codec.exact else [layer.restorable() for layer in cache.layers]
-        cache = TorchCache(**{**cache.__dict__, "consumed": False})
+        cache = TorchCache(**{**cache.__dict__, "consumed": False, "step": None})
         real = tokens >= 0
         before, seen, question = (
             to_torch(x, device=self.device) for x in (cache.row_seen, after, cache.question)

@@ -1,9 +1,9 @@
 """Hugging Face transformers as an engine: `python -m experiments.engines.huggingface dynamic|static|compile`.
 
-The same weights from the same folder, float32, attention by sdpa. Tokens are chosen by a bare greedy loop over the
-model's forward, under `torch.no_grad` as in `generate`, whose own work for each token is left out. `static` holds
-exactly the tokens of the case; `compile` is that with `torch.compile` on the forward of a decode step. Nothing is
-evicted or coded: a policy or a codec is refused.
+The same weights from the same folder, attention by sdpa, on a GPU where the program may see one. Tokens are chosen by a
+bare greedy loop over the model's forward, under `torch.no_grad` as in `generate`, whose own work for each token is left
+out. `static` holds exactly the tokens of the case; `compile` is that with `torch.compile` on the forward of a decode
+step, on a GPU in the mode that records CUDA graphs. Nothing is evicted or coded: a policy or a codec is refused.
 """
 
 import sys
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_case import FULL, Case
+from experiments.bench_case import FLOAT, FULL, Case
 from experiments.engines.protocol import Block, Program, serve
+from experiments.engines.settling import settle_torch
 
 KINDS = ("dynamic", "static", "compile")
 
@@ -29,12 +30,17 @@ class HuggingFace(Program):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.kind, self.torch, self.transformers = kind, torch, transformers
+        self.on_gpu = torch.cuda.is_available()
+        self.place: Any = {"device": "cuda" if self.on_gpu else "cpu"}
         self.model: Any = None
 
-    def load(self, folder: str) -> None:
-        self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.torch.float32, attn_implementation="sdpa", local_files_only=True
-        ).eval()
+    def load(self, folder: str, dtype: str = FLOAT) -> None:
+        kind = getattr(self.torch, dtype)
+        model = self.transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, attn_implementation="sdpa", local_files_only=True
+        )
+        self.model = model.eval().to(**self.place)
+        settle_torch()
 
     def prepare(self, case: Case) -> Block:
         if (case.policy, case.codec) != (FULL, FULL):
@@ -45,7 +51,7 @@ class HuggingFace(Program):
         random = np.random.default_rng(0)
         return self.torch.from_numpy(
             random.integers(0, self.model.config.vocab_size, (case.batch, case.context))
-        )
+        ).to(**self.place)
 
     def _cache(self, room: int) -> Any:
         if self.kind == "dynamic":
@@ -62,11 +68,13 @@ class HuggingFace(Program):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (case.batch, config.num_key_value_heads, case.context, head_dim)
         for index in range(config.num_hidden_layers):
-            cache.update(self.torch.randn(shape), self.torch.randn(shape), index)
+            kind = {"dtype": self.model.dtype, **self.place}
+            cache.update(self.torch.randn(shape, **kind), self.torch.randn(shape, **kind), index)
         held = [(layer.keys, layer.values) for layer in cache.layers]
         forward = self.model.forward
         if self.kind == "compile":
-            forward = self.torch.compile(forward, dynamic=False)
+            mode = "reduce-overhead" if self.on_gpu else None
+            forward = self.torch.compile(forward, dynamic=False, mode=mode)
 
         def fresh() -> Any:
             for layer, (keys, values) in zip(cache.layers, held, strict=True):
@@ -74,16 +82,18 @@ class HuggingFace(Program):
                     layer.keys, layer.values = keys, values
                 else:
                     layer.cumulative_length.fill_(case.context)
-            return self.torch.zeros(case.batch, 1, dtype=self.torch.long)
+            return self.torch.zeros(case.batch, 1, dtype=self.torch.long, **self.place)
 
         def work(token: Any) -> Any:
             with self.torch.no_grad():
                 for _ in range(case.steps):
+                    if self.kind == "compile" and self.on_gpu:
+                        self.torch.compiler.cudagraph_mark_step_begin()
                     token = self._forward(forward, token, cache)
             return cache
 
         size = sum(each.nbytes for pair in held for each in pair)
-        return Block(work, fresh, {"cache_bytes": size})
+        return Block(work, fresh, {"cache_bytes": size}, settle_torch)
 
     def _prefill(self, case: Case) -> Block:
         tokens = self._tokens(case)
@@ -92,7 +102,7 @@ class HuggingFace(Program):
             with self.torch.no_grad():
                 return self._forward(self.model, tokens, cache)
 
-        return Block(work, lambda: self._cache(case.context))
+        return Block(work, lambda: self._cache(case.context), settle=settle_torch)
 
     def _start(self, case: Case) -> Block:
         tokens = self._tokens(case)
@@ -102,7 +112,7 @@ class HuggingFace(Program):
             with self.torch.no_grad():
                 self._forward(self.model, self._forward(self.model, tokens, cache), cache)
 
-        return Block(work)
+        return Block(work, settle=settle_torch)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from experiments.bench_case import Case
+from experiments.bench_case import FLOAT, Case
 from experiments.engines.protocol import Block, Program, serve
 
 CODE = "import sys, framework; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
@@ -12,8 +12,8 @@ CODE = "import sys, framework; sys.exit(bool({'torch', 'jax'} & set(sys.modules)
 class Imports(Program):
     """Starts Python, imports, ends; fails where torch or jax came along."""
 
-    def load(self, folder: str) -> None:
-        del folder
+    def load(self, folder: str, dtype: str = FLOAT) -> None:
+        del folder, dtype
 
     def prepare(self, case: Case) -> Block:
         del case

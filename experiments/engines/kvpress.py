@@ -1,16 +1,15 @@
 """kvpress as an engine: a prompt read and compressed by one of its presses.
 
 kvpress 0.5.5 asks for transformers below 5.3, so that this runs in another environment than kvtwin, and imports nothing
-of kvtwin but the case and the protocol. `fraction` is the share that is kept; other settings are those that the press
+of kvtwin but the cases and the engines. `fraction` is the share that is kept; other settings are those that the press
 has by itself, which the case must name for kvtwin.
 """
 
 from typing import Any
 
-import numpy as np
-
 from experiments.bench_case import KEPT, PRESSES, Case
-from experiments.engines.protocol import Block, Program, serve
+from experiments.engines.huggingface import HuggingFace
+from experiments.engines.protocol import Block, serve
 
 CLASSES = {
     "snapkv": "SnapKVPress",
@@ -21,23 +20,14 @@ CLASSES = {
 }
 
 
-class Kvpress(Program):
-    """Presses at prefill."""
+class Kvpress(HuggingFace):
+    """Presses at prefill, on a dynamic cache."""
 
     def __init__(self) -> None:
         import kvpress
-        import torch
-        import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.kvpress, self.torch, self.transformers = kvpress, torch, transformers
-        self.model: Any = None
-
-    def load(self, folder: str) -> None:
-        self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.torch.float32, attn_implementation="sdpa", local_files_only=True
-        ).eval()
+        super().__init__("dynamic")
+        self.kvpress = kvpress
 
     def prepare(self, case: Case) -> Block:
         if case.kind != "prefill" or case.policy not in PRESSES:
@@ -45,10 +35,7 @@ class Kvpress(Program):
                 f"no press is known for {case}; expected a prefill under one of {', '.join(PRESSES)}"
             )
         press = getattr(self.kvpress, CLASSES[case.policy.partition("(")[0]])(compression_ratio=1 - KEPT)
-        random = np.random.default_rng(0)
-        tokens = self.torch.from_numpy(
-            random.integers(0, self.model.config.vocab_size, (case.batch, case.context))
-        )
+        tokens = self._tokens(case)
 
         def work(cache: Any) -> Any:
             with self.torch.no_grad(), press(self.model):

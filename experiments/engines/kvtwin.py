@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 
 from backends import backends
-from experiments.bench_case import FULL, Case
+from experiments.bench_case import FLOAT, FULL, Case
 from experiments.engines.protocol import Block, Program, serve
+from experiments.engines.settling import settle_jax, settle_torch
 from framework.backend import Cache, Model
 from framework.decode import Sampling
 from framework.eviction import resolved
@@ -21,6 +22,8 @@ from framework.generate import prefill
 from framework.policy import policies
 
 CHUNK = 1024
+# Steps off the clock: buffers that a copy of a cache has too small grow in one, and in a few a GPU's graph is made.
+AHEAD, AHEAD_ON_GPU = 1, 5
 
 
 class Kvtwin(Program):
@@ -28,11 +31,14 @@ class Kvtwin(Program):
 
     def __init__(self, name: str):
         self.backend = backends.get(name)
-        self.settle = settle_jax if name == "flax" else settle_nothing
+        self.settle = settle_jax if name == "flax" else settle_torch
+        self.ahead = AHEAD
         self.model: Model
 
-    def load(self, folder: str) -> None:
-        self.model = self.backend.load(folder)
+    def load(self, folder: str, dtype: str = FLOAT) -> None:
+        self.model = self.backend.load(folder, dtype)
+        device = getattr(self.model, "device", None)
+        self.ahead = AHEAD_ON_GPU if device is not None and device.type == "cuda" else AHEAD
         self.settle()
 
     def prepare(self, case: Case) -> Block:
@@ -46,26 +52,20 @@ class Kvtwin(Program):
         cache = self._filled(case) if (case.policy, case.codec) == (FULL, FULL) else self._read(case)
 
         def fresh() -> Cache:
-            # A step off the clock: buffers that a copy of a cache has too small grow here.
-            copy = self._decoded(cache.fork(), 1)
-            self.settle()
-            return copy
+            return self._decoded(cache.fork(), self.ahead)
 
-        return Block(
-            lambda copy: self._decoded(copy, case.steps), fresh, {"cache_bytes": cache.bytes.capacity}
-        )
+        facts = {"cache_bytes": float(cache.bytes.capacity)}
+        return Block(lambda copy: self._decoded(copy, case.steps), fresh, facts, self.settle)
 
     def _decoded(self, cache: Cache, steps: int) -> Cache:
         logits = np.zeros((cache.batch, self.model.spec.vocab), np.float32)
-        _, _, cache = self.model.decode(cache, logits, Sampling(), (), steps)
-        self.settle()
-        return cache
+        return self.model.decode(cache, logits, Sampling(), (), steps)[2]
 
     def _read(self, case: Case) -> Cache:
         rows, made = self._tokens(case).tolist(), policies.make(case.policy)
         evict: Literal["prompt", "chunk"] = "chunk" if made.evicts else "prompt"
         # As generate does.
-        return prefill(self.model, rows, None, made, case.codec, case.steps + 1, CHUNK, evict)[0]
+        return prefill(self.model, rows, None, made, case.codec, case.steps + self.ahead, CHUNK, evict)[0]
 
     def _filled(self, case: Case) -> Cache:
         """A full cache as if it had seen the context."""
@@ -81,33 +81,21 @@ class Kvtwin(Program):
         seen = np.full(case.batch, case.context, np.int32)
         cache = self.model.restore(replace(held, layers=tuple(layers), seen=seen))
         # Fixed buffers get the room for a block, and give it back with what is in it.
-        return self._decoded(cache, case.steps + 1).roll_back(case.steps + 1)
+        room = case.steps + self.ahead
+        return self._decoded(cache, room).roll_back(room)
 
     def _prefill(self, case: Case) -> Block:
         tokens, policy = self._tokens(case), resolved(policies.make(case.policy), case.context)
 
         def work(cache: Cache) -> tuple[np.ndarray, Cache]:
             logits, cache = self.model.step(tokens, cache)
-            self.settle()
             return logits[:, -1:].argmax(-1), cache
 
-        return Block(work, lambda: self.model.cache(policy, case.codec, case.batch))
+        return Block(work, lambda: self.model.cache(policy, case.codec, case.batch), settle=self.settle)
 
     def _start(self, case: Case) -> Block:
         rows = self._tokens(case).tolist()
         return Block(lambda _: self.model.generate(rows, max_new_tokens=1, stop=()))
-
-
-def settle_nothing() -> None:
-    """torch on a CPU returns when the work is done."""
-
-
-def settle_jax() -> None:
-    """Wait for what jax has begun, which it does not do by itself."""
-    import jax
-
-    for each in jax.live_arrays():
-        each.block_until_ready()
 
 
 if __name__ == "__main__":

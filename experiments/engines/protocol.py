@@ -1,6 +1,6 @@
 """How an engine's program talks: a request a line on standard input, an answer a line on standard output, in JSON.
 
-    {"do": "load", "folder": ...}      {"seconds": ...}
+    {"do": "load", "folder": ..., "dtype": ...}    {"seconds": ...}
     {"do": "prepare", "case": {...}}   {"seconds": of the first block, "facts": {...}}
     {"do": "run", "case": {...}}       {"seconds": of a block}
     {"do": "forget"}                   {}
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
 
-from experiments.bench_case import Case
+from experiments.bench_case import FLOAT, Case
 
 Answer = dict[str, Any]
 
@@ -33,17 +33,21 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Block:
-    """What is timed: `work` on what `fresh` gives, which is made before the clock runs. `facts`: numbers to record."""
+    """What is timed: `work` on what `fresh` gives, which is made before the clock runs. `facts`: numbers to record.
+    `settle`: waits until what was begun is done."""
 
     work: Callable[[Any], Any]
     fresh: Callable[[], Any] = nothing
     facts: dict[str, float] = field(default_factory=dict)
+    settle: Callable[[], None] = nothing
 
     def seconds(self) -> float:
         """Of one run."""
         state = self.fresh()
+        self.settle()
         begun = time.perf_counter()
         result = self.work(state)
+        self.settle()
         ended = time.perf_counter()
         del state, result  # freed off the clock
         return ended - begun
@@ -53,8 +57,8 @@ class Program(ABC):
     """One engine in a process of its own. Making it imports its libraries."""
 
     @abstractmethod
-    def load(self, folder: str) -> None:
-        """Read a model from a Hugging Face folder."""
+    def load(self, folder: str, dtype: str = FLOAT) -> None:
+        """Read a model from a Hugging Face folder, to compute in this dtype."""
 
     @abstractmethod
     def prepare(self, case: Case) -> Block:
@@ -93,7 +97,7 @@ class Served:
             return {}
         if request["do"] == "load":
             begun = time.perf_counter()
-            self.program.load(request["folder"])
+            self.program.load(request["folder"], request["dtype"])
             return {"seconds": time.perf_counter() - begun}
         case = Case(**request["case"])
         if request["do"] == "prepare":

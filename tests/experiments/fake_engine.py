@@ -19,8 +19,8 @@ class Fake(Program):
         self.blocks = 0
         print("a library says hello")
 
-    def load(self, folder: str) -> None:
-        self._write("loads", Path(folder).name)
+    def load(self, folder: str, dtype: str = "float32") -> None:
+        self._write("loads", Path(folder).name, *([] if dtype == "float32" else [dtype]))
 
     def prepare(self, case: Case) -> Block:
         if "refuses" in self.does:

@@ -20,6 +20,7 @@ from experiments import (
     bench_report,
     bench_run,
     bench_target,
+    installed,
     run,
 )
 from experiments.bench_case import Case, Entry, contest, flatness, title
@@ -318,6 +319,7 @@ def test_a_step_reads_weights_and_live_keys_and_values(name, parameters):
     case = Case("decode", name, 100, batch=3, steps=10)
     assert one.step_bytes(case) == 4 * parameters + 3 * 105 * token
     assert one.step_bytes(replace(case, policy="window(budget=40)")) == 4 * parameters + 3 * 40 * token
+    assert 2 * one.step_bytes(replace(case, dtype="bfloat16")) == one.step_bytes(case)
     untied = Subject(Path(), replace(spec, tied=False))
     assert untied.step_bytes(case) == one.step_bytes(case)
     assert untied.weights_bytes > one.weights_bytes
@@ -349,7 +351,8 @@ def test_targets_on_results():
 
 
 def test_every_target_is_about_something_that_the_suite_measures():
-    entries = [entry for group in bench_case.table("m") for entry in group]
+    groups = [*bench_case.table("m"), *bench_case.gpu("m")]
+    entries = [entry for group in groups for entry in group]
     for target in bench_target.TARGETS:
         cases = [each for each in entries if target.of(each.case) and each.engine in target.engines]
         assert {each.engine for each in cases} == set(target.engines)
@@ -441,6 +444,24 @@ def test_a_block_of_the_torch_engine_goes_on_from_the_same_cache(policy):
     assert block.facts["cache_bytes"] > 0
 
 
+def test_a_model_is_loaded_in_the_dtype_of_the_case(said, made):
+    half = replace(CASE, dtype="bfloat16")
+    assert (str(half), str(CASE)) == ("decode bytes 5 x3 bfloat16", "decode bytes 5 x3")
+    made([fake("a", said.file)], rounds=1).run([contest(CASE, ("a",)), contest(half, ("a",))])
+    told = said.take()
+    assert told == ["a loads bytes", "a runs 5", "a runs 5", "a loads bytes bfloat16", "a runs 5", "a runs 5"]
+
+
+def test_both_sides_compute_in_bfloat16():
+    for program in (Kvtwin("torch"), HuggingFace("dynamic")):
+        program.load(str(BUNDLED / "bytes"), "bfloat16")
+        weights = program.model.decoder if isinstance(program, Kvtwin) else program.model
+        assert {each.dtype for each in weights.parameters()} == {torch.bfloat16}
+        block = program.prepare(replace(CASE, context=7, dtype="bfloat16"))
+        assert block.seconds() > 0
+        assert block.facts["cache_bytes"] > 0
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_block_of_hugging_face_goes_on_from_the_same_cache(kind):
     program = HuggingFace(kind)
@@ -496,7 +517,7 @@ def test_the_command_measures_the_torch_engine_and_names_the_absent_peer(asked, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--suite", "fast"), "no suite 'fast'; expected one of quick, table, sweep"),
+        (("--suite", "fast"), "no suite 'fast'; expected one of quick, table, sweep, gpu"),
         (("--engine", "tensorflow"), "no engine tensorflow; expected some of torch, flax, hf-dynamic"),
         (
             ("--only", "prefill"),
@@ -520,6 +541,95 @@ def test_another_interpreter_sees_the_programs_and_nothing_else(tmp_path):
         env = bench_engine.environment(replace(engine, python="/other/python"))
     assert "PYTHONPATH" not in env
     assert int(env["OMP_NUM_THREADS"]) == bench_engine.cores()
+
+
+def test_engines_see_a_gpu_only_where_they_are_to(monkeypatch):
+    for key, value in {"CUDA_VISIBLE_DEVICES": "3", "JAX_PLATFORMS": "rocm"}.items():
+        monkeypatch.setenv(key, value)
+    engine = bench_engine.known()["flax"]
+    hidden, shown = (bench_engine.environment(engine, gpu=gpu) for gpu in (False, True))
+    assert (hidden["CUDA_VISIBLE_DEVICES"], hidden["JAX_PLATFORMS"]) == ("", "cpu")
+    assert (shown["CUDA_VISIBLE_DEVICES"], shown["JAX_PLATFORMS"]) == ("3", "rocm")
+    assert shown["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in hidden
+
+
+@pytest.mark.parametrize(
+    ("library", "why"),
+    [
+        ("torch", r"^no GPU: torch \d.* sees no CUDA device$"),
+        pytest.param("jax", r"^no GPU: jax \d.* sees only cpu$", marks=pytest.mark.slow),
+    ],
+)
+def test_a_library_that_sees_no_gpu_says_so(monkeypatch, library, why):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(Failed, match=why):
+        bench_engine.gpu_of(library)
+
+
+@pytest.fixture
+def tiny_gpu(asked, monkeypatch, said):
+    """Runs the suite gpu, of one tiny group on fake engines, with libraries that see these GPUs."""
+    engines = {
+        each.name: replace(each, packages=packages)
+        for each, packages in (
+            (fake("torch", said.file), ("numpy",)),
+            (fake("flax", said.file), ("numpy", "jax")),
+        )
+    }
+
+    def make(model: str) -> list:
+        return [contest(Case("decode", model, 5, steps=2, dtype="bfloat16"), ("torch", "flax"), "torch")]
+
+    monkeypatch.setitem(bench_case.SUITES, "gpu", (make, "bytes"))
+    monkeypatch.setattr(bench, "known", lambda *_: engines)
+
+    def ask(**seen: str):
+        def gpu_of(library: str) -> str:
+            if library not in seen:
+                raise Failed(f"no GPU: {library} sees none")
+            return seen[library]
+
+        monkeypatch.setattr(bench, "gpu_of", gpu_of)
+        return asked("--suite", "gpu", "--rounds", "1")
+
+    return ask
+
+
+def test_without_a_gpu_nothing_is_measured(tiny_gpu, tmp_path, said):
+    result = tiny_gpu(jax="one that torch does not see")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines() == ["kvtwin bench: nothing is measured: no GPU: torch sees none"]
+    assert not (tmp_path / "out" / "bench.jsonl").exists()
+    assert said.take() == []
+
+
+@pytest.mark.parametrize("seen", [{"torch": "a GPU"}, {"torch": "a GPU", "jax": "the same"}])
+def test_rows_of_a_gpu_name_it(tiny_gpu, tmp_path, said, seen):
+    result = tiny_gpu(**seen)
+    assert result.exit_code == 0, result.exception
+    assert ("flax is left out: no GPU: jax sees none" in result.stderr) == ("jax" not in seen)
+    rows = read(tmp_path / "out" / "bench.jsonl")
+    assert [row.engine for row in rows] == ["torch", "flax"][: len(seen)]
+    assert {row.machine["gpu"] for row in rows} == {"a GPU"}
+    assert {row.case.dtype for row in rows} == {"bfloat16"}
+    assert "a GPU; " in result.stdout
+    assert "; bfloat16" in result.stdout
+    assert "torch loads bytes bfloat16" in said.take()
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_imported(monkeypatch):
+    there = installed.find_spec
+    absent = ("array_api_compat", "typer")
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name in absent else there(name))
+    assert installed.missing() == ["array-api-compat", "typer"]
+    told = installed.advice(installed.missing())
+    assert told.startswith(
+        "not installed: array-api-compat, typer; run `pip install array-api-compat typer`, or"
+    )
+    monkeypatch.setattr(installed, "find_spec", there)
+    assert installed.missing() == []
 
 
 def test_a_meter_that_does_not_run_ends_the_command(asked, monkeypatch):
