@@ -83,7 +83,7 @@ def command(
             if gpu is None:
                 return
         _measure(groups, engines, rounds, place, models or cache_folder(), gpu)
-    _report(place, f"kvtwin bench --suite {suite}" if markdown else None)
+    _report(place, markdown, None if report else f"kvtwin bench --suite {suite}")
 
 
 def chosen(groups: Sequence[Group], engines: Sequence[str] | None, only: str | None) -> list[Group]:
@@ -161,8 +161,8 @@ def _measure(
             raise typer.Exit(130) from None
 
 
-def _report(place: Path, command: str | None) -> None:
-    """Tables on standard output, plots in the folder."""
+def _report(place: Path, markdown: bool, command: str | None) -> None:
+    """Tables on standard output, plots in the folder. `command`: what measured the rows, where that is known."""
     from rich.console import Console
 
     every = read(place / ROWS)
@@ -172,16 +172,18 @@ def _report(place: Path, command: str | None) -> None:
     if other := len(every) - len(rows):
         say(f"{other} rows are of another machine or of other versions than the last ones, and are left out")
     found = results(rows)
-    if command is not None:
+    if markdown:
         typer.echo(bench_report.markdown(found, rows, command))
     else:
         console = Console(highlight=False)
         console = console if console.is_terminal else Console(highlight=False, width=bench_report.WIDTH)
         console.print(bench_report.machine_line(rows), style="bold", markup=False)
         console.print(bench_report.versions_line(rows), markup=False)
-        console.print(bench_report.table(found))
-        for line in bench_report.notes(found):
-            console.print(line, markup=False)
+        for model, some in bench_report.by_model(found).items():
+            console.print(f"\n{model}", markup=False)
+            console.print(bench_report.table(some))
+            for line in bench_report.notes(some):
+                console.print(line, markup=False)
     for kind in ("decode", "prefill"):
         path = place / f"bench-{kind}.png"
         if bench_report.plot(found, path, kind, bench_report.machine_line(rows)):

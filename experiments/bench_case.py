@@ -9,7 +9,7 @@ from typing import Literal
 
 Kind = Literal["decode", "prefill", "start", "import"]
 
-SMALL, REAL = "stories110m", "qwen2.5-0.5b"
+SMALL, REAL, NONE = "stories110m", "qwen2.5-0.5b", "none"
 OURS = ("torch", "flax")
 DYNAMIC, COMPILE, PRESS, IMPORTS = "hf-dynamic", "hf-compile", "kvpress", "imports"
 FULL, FLOAT, HALF = "full()", "float32", "bfloat16"
@@ -133,7 +133,7 @@ def table(model: str) -> list[Group]:
     groups += [contest(Case("decode", model, 16384), (*OURS, DYNAMIC), DYNAMIC)]
     groups += [contest(Case("prefill", model, 2048, policy=each), (*OURS, PRESS), PRESS) for each in PRESSES]
     groups += [contest(Case("start", model, 32, cold=cold), (*OURS, DYNAMIC)) for cold in (False, True)]
-    return [*groups, contest(Case("import", "none"), (IMPORTS,))]
+    return [*groups, contest(Case("import", NONE), (IMPORTS,))]
 
 
 def sweep(model: str) -> list[Group]:

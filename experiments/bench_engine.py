@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ class Failed(Exception):
 class Engine:
     """A program, what it is told, the packages that it needs, and the interpreter that has them.
 
-    `sources`: folders of this repository whose text is part of its version.
+    `sources`: folders and files of this repository whose text is part of its version, beside ASKING.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Engine:
         return self.python != sys.executable
 
 
+# How every engine is asked.
+ASKING = ("experiments/engines", "experiments/bench_case.py")
 METER = Engine("meter", "experiments.engines.meter", ("torch",))
 
 
@@ -65,10 +68,15 @@ def known(kvpress_python: str | None = None) -> dict[str, Engine]:
         for name, packages in (("torch", ("torch", "numpy")), ("flax", ("jax", "jaxlib", "flax", "numpy")))
     ]
     found += [Engine(f"hf-{kind}", theirs, peers, (kind,)) for kind in ("dynamic", "static", "compile")]
-    python = kvpress_python or sys.executable
+    python = sys.executable if kvpress_python is None else _interpreter(kvpress_python)
     found += [Engine("kvpress", "experiments.engines.kvpress", ("kvpress", *peers), python=python)]
     found += [Engine("imports", "experiments.engines.imports", ("numpy",), sources=("framework",))]
     return {each.name: each for each in found}
+
+
+def _interpreter(name: str) -> str:
+    """Where it lies, from wherever it is started; not what a link points to, which would leave its environment."""
+    return os.path.abspath(shutil.which(name) or name)
 
 
 def versions(engine: Engine) -> dict[str, str]:
@@ -81,7 +89,7 @@ def versions(engine: Engine) -> dict[str, str]:
     found = json.loads(done.stdout)
     if missing := [name for name, each in found.items() if each is None]:
         raise Failed(f"not installed: {', '.join(missing)}, for {engine.python}")
-    return found | ({"kvtwin": _checksum(engine.sources)} if engine.sources else {})
+    return found | {"kvtwin": _checksum((*ASKING, *engine.sources))}
 
 
 # What a library sees of a GPU: its name, or on a second line why there is none.
@@ -116,7 +124,8 @@ def gpu_of(library: str) -> str:
 
 
 def _checksum(sources: Sequence[str]) -> str:
-    files = sorted(file for source in sources for file in (ROOT / source).rglob("*.py"))
+    places = [ROOT / source for source in sources]
+    files = sorted(file for place in places for file in ([place] if place.is_file() else place.rglob("*.py")))
     return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
 
 

@@ -102,9 +102,9 @@ def subject(name: str, models: Path, say: Callable[[str], None] = print) -> Subj
         except KvtwinError as error:
             raise KvtwinError(f"{error}; or one of {', '.join(SHAPES)}, with random weights") from None
         config = read_config(folder)
-        return Subject(folder, family(config).spec(config))
+        return Subject(folder.absolute(), family(config).spec(config))
     spec = family(SHAPES[name]).spec(SHAPES[name])
-    one = Subject(models / _folder_name(name), spec)
+    one = Subject(models.absolute() / _folder_name(name), spec)
     if not (one.folder / "config.json").exists():
         say(
             f"writing the model {name}, {one.weights_bytes / 2**30:.1f} GiB of random weights, to {one.folder}"

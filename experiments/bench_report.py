@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.bench_case import FULL, Case
+from experiments.bench_case import FULL, NONE, Case
 from experiments.bench_result import Result, Spread
 from experiments.bench_row import Row
 from experiments.bench_target import Finding, findings
@@ -88,7 +88,7 @@ def cells(result: Result) -> list[str]:
 
 
 def what(case: Case) -> str:
-    """A case without its model."""
+    """A case without its model, which a table names once."""
     return str(case).replace(f" {case.model}", "")
 
 
@@ -143,17 +143,29 @@ def spread(value: Spread, unit: str = "") -> str:
     return f"{value.median:.2f}{unit} ({value.least:.2f}-{value.most:.2f})"
 
 
-def markdown(results: Sequence[Result], rows: Sequence[Row], command: str) -> str:
-    """Both tables for the README: what became of the targets, and all results."""
+def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each model; those without one stand with the last."""
+    names = list(dict.fromkeys(each.case.model for each in results if each.case.model != NONE)) or [NONE]
+    last = names[-1]
+    return {
+        name: [each for each in results if each.case.model in ((name, NONE) if name == last else (name,))]
+        for name in names
+    }
+
+
+def markdown(results: Sequence[Result], rows: Sequence[Row], command: str | None) -> str:
+    """Both tables for the README: what became of the targets, and all results. `command`: what measured them."""
     told = findings(results)
-    lines = [f"`{command}`: {machine_line(rows)}; {versions_line(rows)}.", ""]
+    told_by = "" if command is None else f"`{command}`: "
+    lines = [f"{told_by}{machine_line(rows)}; {versions_line(rows)}.", ""]
     if told:
         lines += _markdown(
             ("what", "engine", "target", "median (least-most)", ""), [_finding(each) for each in told]
         )
         lines += [""]
-    lines += _markdown(COLUMNS, [cells(each) for each in results])
-    lines += ["", *(f"- {each}" for each in notes(results))]
+    for model, some in by_model(results).items():
+        lines += [f"{model}:", "", *_markdown(COLUMNS, [cells(each) for each in some])]
+        lines += ["", *(f"- {each}" for each in notes(some)), ""]
     return "\n".join(lines)
 
 

@@ -23,8 +23,10 @@ class Result:
 
     `seconds`: of a unit. `speed`: how many times as fast as the entry `over`, by the ratios of single rounds. `limit`:
     share of the bandwidth of the machine that the bytes of a decode step amount to. `memory`: bytes of the cache over
-    those of `over`. `compiled`: seconds of the first block beyond a later one. `parts`: medians. `moved`: rounds in
-    which the bandwidth moved; `others`: cores that anything else kept busy, the median. `error`: the last one.
+    those of `over`. `compiled`: seconds of the first block beyond a later one. `parts`: medians. `after_loading`:
+    seconds of a start without those of the loading; `peak`: its most memory beyond what the imports take, as a share of
+    the weights; both by rounds. `moved`: rounds in which the bandwidth moved; `others`: cores that anything else kept
+    busy, the median. `error`: the last one.
     """
 
     group: str
@@ -38,6 +40,8 @@ class Result:
     memory: float | None
     compiled: float | None
     parts: Mapping[str, float]
+    after_loading: Spread | None
+    peak: Spread | None
     moved: int
     others: float | None
     error: str | None
@@ -78,6 +82,10 @@ def _result(rows: list[Row], every: Mapping[tuple[str, str], list[Row]]) -> Resu
         parts={
             key: statistics.median(row.parts[key] for row in good) for key in (good[0].parts if good else {})
         },
+        after_loading=spread(
+            [row.seconds - row.parts["load"] for row in good if row.seconds and "load" in row.parts]
+        ),
+        peak=spread([one for row in good if (one := peak(row.parts)) is not None]),
         moved=sum(row.moved for row in good),
         others=statistics.median(busy) if busy else None,
         error=errors[-1] if errors else None,
@@ -96,6 +104,13 @@ def share(row: Row) -> float | None:
     if row.step_bytes is None or row.seconds is None or row.bandwidth is None:
         return None
     return row.step_bytes / row.seconds / statistics.mean(row.bandwidth)
+
+
+def peak(parts: Mapping[str, float]) -> float | None:
+    """The most memory of a start beyond what the imports took, as a share of the weights."""
+    if not {"peak", "resident", "weights"} <= set(parts):
+        return None
+    return (parts["peak"] - parts["resident"]) / parts["weights"]
 
 
 def spread(values: Sequence[float]) -> Spread | None:

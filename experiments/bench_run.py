@@ -72,23 +72,28 @@ class Bench:
         """Rounds that not all of these have a number for, of one run. They are run whole: ratios are of one round."""
 
         def complete(index: int) -> bool:
-            rows = [self.rows.get((title(group), str(each), index)) for each in entries]
-            sessions = {row.session if row and row.error is None else None for row in rows}
+            rows = [self._row(each, group, index) for each in entries]
+            sessions = {None if row is None else row.session for row in rows}
             return len(sessions) < 2 and None not in sessions
 
         return [index for index in range(self.rounds) if not complete(index)]
+
+    def _row(self, entry: Entry, group: Group, index: int) -> Row | None:
+        """The number of a round that there is; None where there is none, or of a case that is another one now."""
+        row = self.rows.get((title(group), str(entry), index))
+        return row if row is not None and row.error is None and row.case == entry.case else None
 
     def _prepared(self, entries: Group, group: Group) -> dict[Entry, Facts]:
         """What the first block of each entry told, which does not count; without those that failed."""
         found = {}
         self.reading = None
-        first = min(self._left(group, group), default=0)
         for entry in entries:
             begun = time.perf_counter()
             try:
                 found[entry] = self._first(entry)
             except Failed as error:
-                self._failed(self._blank(entry, group, first), error)
+                lacking = [index for index in range(self.rounds) if self._row(entry, group, index) is None]
+                self._failed(self._blank(entry, group, min(lacking, default=0)), error)
             else:
                 say(f"   {entry}: ready after {time.perf_counter() - begun:.1f} s")
         return found
@@ -193,7 +198,10 @@ class Bench:
         self.keep(row)
 
     def _failed(self, blank: Row, error: Failed) -> None:
-        self._keep(replace(blank, error=str(error)))
+        """What an earlier run measured stays."""
+        old = self.rows.get(blank.key)
+        if old is None or old.error is not None:
+            self._keep(replace(blank, error=str(error)))
         say(f"   {blank.engine} failed, the others go on: {error}")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.bench_case import FLOAT, FULL, HALF, OURS, Case, Kind
+from experiments.bench_case import FLOAT, FULL, HALF, NONE, OURS, REAL, Case, Kind
 from experiments.bench_result import Result, Spread
 
 Value = Callable[[Result], Spread | None]
@@ -86,27 +86,18 @@ def limit(result: Result) -> Spread | None:
 
 def memory(result: Result) -> Spread | None:
     """Bytes of the cache, as a share of those of the other."""
-    return _one(result.memory)
+    value = result.memory
+    return None if value is None else Spread(value, value, value)
 
 
-def over_loading(result: Result) -> Spread | None:
+def after_loading(result: Result) -> Spread | None:
     """Seconds of a start without those of the loading."""
-    if result.seconds is None or "load" not in result.parts:
-        return None
-    load, all_of_it = result.parts["load"], result.seconds
-    return Spread(all_of_it.median - load, all_of_it.least - load, all_of_it.most - load)
+    return result.after_loading
 
 
 def peak(result: Result) -> Spread | None:
     """The most memory beyond what the imports take, as a share of the weights."""
-    parts = result.parts
-    if not {"peak", "resident", "weights"} <= set(parts):
-        return None
-    return _one((parts["peak"] - parts["resident"]) / parts["weights"])
-
-
-def _one(value: float | None) -> Spread | None:
-    return None if value is None else Spread(value, value, value)
+    return result.peak
 
 
 SPEED, TIME = "tokens/s over hf-dynamic", "time / hf-dynamic"
@@ -123,8 +114,8 @@ TARGETS = (
     Target("the same, bytes of the cache / behind 2048", flat, memory, 1.0),
     Target(f"decode at 16384, {TIME}", full("decode", 16384), time, 0.5),
     Target(PRESSED, pressed, time, 0.9),
-    Target("first token of a new process, s over loading", start(cold=False), over_loading, 5.0),
-    Target("the same, nothing compiled before", start(cold=True), over_loading, 20.0),
+    Target("first token of a new process, s over loading", start(cold=False), after_loading, 5.0),
+    Target("the same, nothing compiled before", start(cold=True), after_loading, 20.0),
     Target("loading and the first step, peak memory / weights", start(cold=False), peak, 1.3),
     Target("decode on a GPU, tokens/s over hf-compile", on_gpu, speed, 1.2, True),
     Target("decode on a GPU at 128, share of its read bandwidth", alone_on_gpu, limit, 0.6, True),
@@ -147,12 +138,14 @@ class Finding:
 
 
 def findings(results: Sequence[Result]) -> list[Finding]:
-    """Every target on every result that it is about; targets of which nothing was measured are left out."""
+    """Every target on every result of the larger model that it is about; those of which nothing was measured are left
+    out."""
     return [
         Finding(target, result, target.value(result))
         for target in TARGETS
         for result in results
         if result.engine in target.engines
+        and result.case.model in (REAL, NONE)
         and target.of(result.case)
         and (result.over or target.value not in OVER)
     ]

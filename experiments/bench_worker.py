@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.bench_case import Case
+from experiments.bench_case import NONE, Case
 from experiments.bench_engine import ROOT, Engine, Failed, environment
 from framework.errors import KvtwinError
 
@@ -30,16 +30,19 @@ class Worker:
         self.log, self.loaded, self._rest = log, "", b""
         with log.open("ab") as errors:
             self._log_start = errors.tell()
-            self.process = subprocess.Popen(
-                [engine.python, "-m", engine.program, *engine.words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                cwd=place,
-                env=dict(env),
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the one who asks
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [engine.python, "-m", engine.program, *engine.words],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    cwd=place,
+                    env=dict(env),
+                    bufsize=0,
+                    start_new_session=True,  # Ctrl-C is for the one who asks
+                )
+            except OSError as error:
+                raise Failed(f"{engine.python} does not start: {error.strerror or error}") from None
         try:
             self._answer()
         except BaseException:
@@ -49,6 +52,8 @@ class Worker:
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
         """The answer to a request. Raises Failed."""
         assert self.process.stdin is not None
+        if self.process.stdin.closed:
+            raise Failed("was ended, since it did not answer")
         with suppress(BrokenPipeError):  # it has ended: the answer says how
             self.process.stdin.write(json.dumps({"do": do, **more}).encode() + b"\n")
         return self._answer()
@@ -128,7 +133,7 @@ class Meter:
     """The read bandwidth of the machine, by a process that sums a large array on all cores."""
 
     def __init__(self, start: Callable[[], Worker]):
-        self.case = asdict(Case("import", "none"))
+        self.case = asdict(Case("import", NONE))
         with _without_which_nothing_goes():
             self.worker = start()
             self.bytes = self.worker.ask("prepare", case=self.case)["facts"]["bytes"]

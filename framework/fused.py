@@ -31,10 +31,16 @@ def fused(
         if last not in whole:
             yield name, weights[name]
         elif last == PARTS[whole[last]][0]:
-            parts = [weights[f"{at}.{part}.{kind}"] for part in PARTS[whole[last]]]
-            layer = spec.layers[int(name.split(".")[1])]
-            joined = _by_head(parts, layer) if last == "query" else np.concatenate(parts)
-            yield f"{at}.{whole[last]}.{kind}", joined
+            names = [f"{at}.{part}.{kind}" for part in PARTS[whole[last]]]
+            layer = spec.layers[int(name.split(".")[1])] if last == "query" else None
+            yield f"{at}.{whole[last]}.{kind}", _joined([weights[each] for each in names], layer)
+
+
+def _joined(
+    parts: list[Shaped[np.ndarray, "_ *inner"]], layer: Layer | None
+) -> Shaped[np.ndarray, "rows *inner"]:
+    """The rows of the parts; with a layer by its kv heads. The parts go when this returns."""
+    return np.concatenate(parts) if layer is None else _by_head(parts, layer)
 
 
 def _by_head(parts: list[Shaped[np.ndarray, "_ *inner"]], layer: Layer) -> Shaped[np.ndarray, "rows *inner"]:

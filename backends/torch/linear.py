@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import nn
 from torch.nn import functional
 
-MOST = 4  # parts per core at most
+MOST = 4  # times as many parts as are asked for, at most
 MANY = 32  # rows from which on a product is no longer as fast as its weight is read
 
 

@@ -1,4 +1,4 @@
-"""`import framework` in a new interpreter, as an engine: everybody who uses kvtwin waits for that first."""
+"""Importing what is under `framework` in a new interpreter, as an engine: both backends wait for that first."""
 
 import subprocess
 import sys
@@ -6,7 +6,8 @@ import sys
 from experiments.bench_case import FLOAT, Case
 from experiments.engines.protocol import Block, Program, serve
 
-CODE = "import sys, framework; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+MODULES = "framework.backend, framework.codec, framework.generate, framework.policy, framework.weights"
+CODE = f"import sys, {MODULES}; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
 
 
 class Imports(Program):

@@ -5,6 +5,7 @@ It writes a line to FILE for each block that it runs, and prints on standard out
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from experiments.bench_case import Case
@@ -12,7 +13,7 @@ from experiments.engines.protocol import Block, Program, serve
 
 
 class Fake(Program):
-    """Named; `dies` at its third block, `refuses` every case."""
+    """Named; `dies` at its third block, `sleeps` there, `refuses` every case."""
 
     def __init__(self) -> None:
         self.name, self.file, self.does = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
@@ -32,6 +33,8 @@ class Fake(Program):
         if "dies" in self.does and self.blocks == 3:
             print("out of everything", file=sys.stderr, flush=True)
             os._exit(7)
+        if "sleeps" in self.does and self.blocks == 3:
+            time.sleep(600)
         self._write("runs", str(case.context))
 
     def _write(self, *words: str) -> None:
