@@ -7,6 +7,7 @@ together in memory; from 1,000 rows on all are alike.
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +33,8 @@ class Linear(nn.Module):
         self.parts = parts_of(out, 2 * cores if cores > 1 else 1)
 
     def forward(self, x: Float[torch.Tensor, "*axes inside"]) -> Float[torch.Tensor, "*axes out"]:
-        return joined(_product(x, self.weight.unflatten(0, (self.parts, -1)).transpose(1, 2), self.bias))
+        weight = local(self.weight).unflatten(0, (self.parts, -1)).transpose(1, 2)
+        return joined(_product(x, weight, local(self.bias)))
 
 
 class Wide(nn.Module):
@@ -50,13 +52,18 @@ class Wide(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "*axes inside"]) -> Float[torch.Tensor, "parts *axes columns"]:
         """The outputs in parts; see `joined`."""
-        return _product(x, self.weight, self.bias)
+        return _product(x, local(self.weight), local(self.bias))
 
     def rows(self, index: Int[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes inside"]:
         """Rows of the weight [out, in]: what embeds where the head is tied."""
-        columns = self.weight.shape[2]
-        index = index.long()
-        return self.weight[index // columns, :, index % columns]
+        weight, index = local(self.weight), index.long()
+        columns = weight.shape[2]
+        return weight[index // columns, :, index % columns]
+
+
+def local(parameter: Any) -> Any:
+    """What this process holds of a parameter that may be spread over several (see `parallel`)."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _product(
