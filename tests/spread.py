@@ -1,11 +1,13 @@
 """The same calls on a model of one process and on one that is spread over two: what each gave, as NumPy.
 
-As a program, `python -m tests.spread RANK FOLDER NAMES`, one of the two processes; it leaves `RANK.pickle` in the folder.
+As a program, `python -m tests.spread RANK FOLDER`, one of the two processes: it reads `cases.pickle` in the folder and
+leaves `RANK.pickle` there.
 """
 
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,15 @@ ROPE = Rope(theta=500.0, dim=6)
 
 
 def spec_of(kind: str) -> ModelSpec:
-    """A model whose vocabulary does not divide: "tied" has biases and norms of queries, "free" a table and soft-caps."""
-    numbers = {"vocab": 61, "dim": 20, "ffn": 28, "norm_eps": 1e-5, "positions": 512, "family": "llama"}
+    """A model whose vocabulary does not divide: "tied" has biases, "free" a table, more norms and soft-caps."""
+    numbers = {"vocab": 301, "dim": 20, "ffn": 28, "norm_eps": 1e-5, "positions": 512, "family": "llama"}
     if kind == "tied":
         biases = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
         layers = tuple(Layer(12, 4, 6, 6**-0.5, ROPE, window=window) for window in (None, 12))
-        return ModelSpec(layers=layers, tied=True, query_key_norm=True, **biases, **numbers)
-    layers = (Layer(8, 4, 6, 0.5, ROPE, softcap=3.0), Layer(4, 2, 6, 0.4, None))
-    return ModelSpec(layers=layers, post_norms=True, logit_softcap=5.0, embed_scale=1.5, **numbers)
+        return ModelSpec(layers=layers, tied=True, **biases, **numbers)
+    layers = (Layer(8, 4, 8, 0.5, ROPE, softcap=3.0), Layer(4, 4, 8, 0.4, None))
+    extras = {"post_norms": True, "query_key_norm": True, "logit_softcap": 5.0, "embed_scale": 1.5}
+    return ModelSpec(layers=layers, **extras, **numbers)
 
 
 def model_of(kind: str, mesh: Any = None, spec: ModelSpec | None = None, dtype: str = "float64") -> Model:
@@ -48,7 +51,7 @@ def model_of(kind: str, mesh: Any = None, spec: ModelSpec | None = None, dtype: 
 
 def tokens_of(rows: int, columns: int) -> np.ndarray:
     """Random ids, the same each time."""
-    return np.random.default_rng(11).integers(0, 61, (rows, columns), dtype=np.int32)
+    return np.random.default_rng(11).integers(0, 301, (rows, columns), dtype=np.int32)
 
 
 def prompts() -> np.ndarray:
@@ -78,7 +81,10 @@ def stepped(model: Model, policy: str, codec: str = "full()") -> dict[str, Any]:
     for each in decisions:
         found |= {f"decision {each.layer} {key}": getattr(each, key) for key in ("scores", "kept", "budget")}
     last = logits[:, -1]
-    for kind, sampling in (("greedy", Sampling()), ("sampled", Sampling(temperature=0.9, top_p=0.95, seed=3))):
+    for kind, sampling in (
+        ("greedy", Sampling()),
+        ("sampled", Sampling(temperature=0.9, top_p=0.95, seed=3)),
+    ):
         new, last, cache = model.decode(cache, last, sampling, [7], 4)
         found |= {f"{kind} tokens": new, f"{kind} logits": last}
     return found | held(cache)
@@ -122,17 +128,19 @@ def lives(model: Model, folder: Path) -> dict[str, Any]:
     return found | held(cache)
 
 
-def spread_memory(model: Any) -> dict[str, Any]:
-    """Bytes of what this process holds: parameters that are shared out, the others, and a cache."""
+def occupied(model: Any) -> dict[str, Any]:
+    """What this process holds: bytes of parameters that are spread, of the others, and of a cache; and the parameters
+    as the mesh knows them."""
     _, cache = model.step(prompts(), model.cache("window(budget=8)", batch=3))
-    every = list(model.decoder.parameters())
-    shared = [x.to_local() for x in every if isinstance(x, DTensor)]
+    every = dict(model.decoder.named_parameters())
+    spread = {name: x for name, x in every.items() if isinstance(x, DTensor)}
     return {
-        "shared": sum(x.untyped_storage().nbytes() for x in shared),
-        "others": sum(x.nbytes for x in every if not isinstance(x, DTensor)),
-        "whole": {n: x.full_tensor().numpy() for n, x in model.decoder.named_parameters() if isinstance(x, DTensor)},
-        "bytes": cache.bytes,
-        "tensors": sum(layer.streams["keys"].untyped_storage().nbytes() for layer in cache.layers),
+        "spread": sum(x.to_local().untyped_storage().nbytes() for x in spread.values()),
+        "others": sum(x.untyped_storage().nbytes() for name, x in every.items() if name not in spread),
+        "names": sorted(spread),
+        "parameters": {name: x.full_tensor().numpy() for name, x in spread.items()},
+        "bytes": asdict(cache.bytes),
+        "keys": sum(layer.streams["keys"].untyped_storage().nbytes() for layer in cache.layers),
     }
 
 
@@ -148,9 +156,10 @@ def refusal(act: Callable[[], Any]) -> str:
 def refusals(model: Model, mesh: DeviceMesh, folder: Path) -> dict[str, str]:
     """What a mesh cannot do, by name; all processes go on from each."""
     one = Layer(3, 3, 6, 0.4, None)
-    narrow = ModelSpec("llama", 61, 20, 28, (one,), 1e-5, 512)
-    odd = ModelSpec("llama", 61, 20, 27, (Layer(4, 4, 6, 0.4, None),), 1e-5, 512)
-    huge = model.cache(codec="int8()", batch=1)
+    narrow = ModelSpec("llama", 301, 20, 28, (one,), 1e-5, 512)
+    odd = ModelSpec("llama", 301, 20, 27, (Layer(4, 4, 6, 0.4, None),), 1e-5, 512)
+    wide = model_of("", mesh, ModelSpec("llama", 301, 20, 28, (Layer(4, 4, 16, 0.4, None),), 1e-5, 512))
+    cache = model.cache(codec="int8()", batch=1)
     weights = random_weights(model.spec, 5, np.float64)
     weights["layers.0.attention.value.weight"][0] = np.inf  # of the first process's first head
     broken = backends.get("torch").build(model.spec, weights, "float64", mesh=mesh)
@@ -161,10 +170,10 @@ def refusals(model: Model, mesh: DeviceMesh, folder: Path) -> dict[str, str]:
         "two": lambda: model_of("tied", init_device_mesh("cpu", (1, 2), mesh_dim_names=("batch", "heads"))),
         "no mesh": lambda: model_of("tied", 2),
         "kvgrad": lambda: model.cache("kvgrad(budget=9)"),
-        "gradients": lambda: model.gradients(tokens_of(1, 4), huge),
-        "kivi": lambda: model.cache(codec="kivi()"),
-        "joint": lambda: model.cache(codec="exl2_q4()"),
-        "save": lambda: huge.save(folder / "none" / "cache"),
+        "gradients": lambda: model.gradients(tokens_of(1, 4), cache),
+        "kivi": lambda: wide.cache(codec="kivi(group=2, residual=4)"),
+        "joint": lambda: wide.cache(codec="exl2_q4()"),
+        "save": lambda: cache.save(folder / "none" / "cache"),
         "uncodable": lambda: broken.step(tokens_of(1, 4), broken.cache(codec="int8()")),
     }
     return {key: refusal(act) for key, act in acts.items()}
@@ -184,7 +193,7 @@ def answers(cases: Sequence[tuple[str, ...]], mesh: Any, folder: Path) -> dict[t
         elif what == "lives":
             found[case] = lives(model, folder)
         elif what == "memory":
-            found[case] = spread_memory(model)
+            found[case] = occupied(model)
         else:
             found[case] = refusals(model, mesh, folder)
     return found

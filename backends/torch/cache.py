@@ -1,7 +1,7 @@
 """The dynamic cache: its layers free what they drop, also where the heads of one differ."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -121,21 +121,27 @@ class TorchCache(Cache):
             )
         return Bytes(**totals)
 
+    @property
+    def kept(self) -> list[np.ndarray]:
+        self.alive()
+        every = self.share.wholes({str(index): layer.positions for index, layer in enumerate(self.layers)})
+        return [canonical({}, to_numpy(positions), {}, {}).positions for positions in every.values()]
+
     def snapshot(self) -> Snapshot:
         self.alive()
 
-        def whole(x: torch.Tensor) -> np.ndarray:
-            return to_numpy(self.share.whole(x))
+        def whole(given: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+            return {key: to_numpy(value) for key, value in self.share.wholes(given).items()}
 
         layers = tuple(
             canonical(
-                {key: whole(value) for key, value in layer.streams.items()},
-                whole(layer.positions),
-                {key: whole(value) for key, value in layer.memory.items()},
-                {key: whole(value) for key, value in layer.heads.items()},
-                None if layer.queries is None else whole(layer.queries),
+                whole(layer.streams),
+                whole({"positions": layer.positions})["positions"],
+                whole(layer.memory),
+                whole(layer.heads),
+                None if layer.queries is None else whole({"queries": layer.queries})["queries"],
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
-                {key: whole(value) for key, value in layer.tables.items()},
+                whole(layer.tables),
                 self.codec,
                 self.row_seen,
             )

@@ -24,6 +24,8 @@ from framework.wrapper import seen_by
 # Keys as the model sees them, from keys as they are stored and their positions [batch kv_heads slots].
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+MEMORY = "memory."
+
 
 class HeldLayer(ABC):
     """What the policy sees and changes of a layer, however its slots are stored.
@@ -119,20 +121,26 @@ class HeldLayer(ABC):
     ) -> View:
         """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope, and
         coded vectors are read in `dtype`, and keys go through `finish`."""
-        needs, whole = policy.needs, self.share.whole
-        wanted = needs.keys or needs.queries > 0
+        needs = policy.needs
         cos, sin = (None, None) if table is None else table
+        own = {"positions": self.positions} | self.remembering(policy)
+        if needs.keys or needs.queries > 0:
+            own["keys"] = widened(self.read("keys", dtype, finish, exact))
+        if needs.values:
+            own["values"] = widened(self.read("values", dtype, None, exact))
+        if self.queries is not None:
+            own["queries"] = widened(self.queries)
+        if sums is not None:
+            own["sums"] = sums
+        if needs.tokens:
+            own["tokens"] = self.memory["tokens"].to(torch.int32)
+        every = self.share.wholes(own)
         view = View(
             xp=xp,
-            positions=whole(self.positions),
             budget=self.budget,
-            memory=self.remembered(policy),
-            keys=whole(widened(self.read("keys", dtype, finish, exact))) if wanted else None,
-            values=whole(widened(self.read("values", dtype, None, exact))) if needs.values else None,
-            queries=None if self.queries is None else whole(widened(self.queries)),
+            memory={key.removeprefix(MEMORY): every.pop(key) for key in own if key.startswith(MEMORY)},
             query_positions=self.query_positions,
-            sums=None if sums is None else whole(sums),
-            tokens=whole(self.memory["tokens"].to(torch.int32)) if needs.tokens else None,
+            **every,
             cos=cos,
             sin=sin,
             scale=self.spec.scale,
@@ -144,10 +152,15 @@ class HeldLayer(ABC):
         view = seen_by(policy, view)
         return repositioned(view) if policy.repositions else view
 
+    def remembering(self, policy: Policy) -> dict[str, torch.Tensor]:
+        """The policy's memory of the heads that are here, under names that nothing else has."""
+        own = {key: self.memory[key] for key in policy.memory} | self.heads
+        return {f"{MEMORY}{key}": value for key, value in own.items()}
+
     def remembered(self, policy: Policy) -> dict[str, torch.Tensor]:
         """The policy's memory of all heads."""
-        own = {key: self.memory[key] for key in policy.memory} | self.heads
-        return {key: self.share.whole(value) for key, value in own.items()}
+        every = self.share.wholes(self.remembering(policy))
+        return {key.removeprefix(MEMORY): value for key, value in every.items()}
 
     def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
         """Take over what the policy noted of all heads, in the rows that are active."""

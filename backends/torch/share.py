@@ -1,6 +1,6 @@
 """What one process of several holds of a model: some kv heads of every layer, and what belongs to them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
@@ -16,14 +17,15 @@ from framework.policy import Policy, name
 from framework.spec import ModelSpec
 
 HEADS = "heads"  # the name of the dimension of a mesh along which heads are shared out
+ALIGNED = 8  # bytes
 
 
 @dataclass(frozen=True)
 class Share:
     """Part `index` of `count` equal parts of the kv heads of every layer, in the order of the heads.
 
-    Where `count` is 1, what is given comes back as it is. Elsewhere `whole`, `total` and `once` are calls that all
-    processes of the group must make, in the same order.
+    Where `count` is 1, what is given comes back as it is. Elsewhere `whole`, `wholes`, `total` and `once` are calls
+    that all processes of the group must make, in the same order.
     """
 
     count: int = 1
@@ -31,16 +33,25 @@ class Share:
     group: Any = None
 
     def whole(self, x: Shaped[torch.Tensor, "*some"], axis: int = 1) -> Shaped[torch.Tensor, "*every"]:
-        """The parts of all processes along this axis, which have one shape."""
-        if self.count == 1:
-            return x
-        # As bytes: not every transport knows every dtype.
-        own = x.contiguous().view(-1).view(torch.uint8)
+        """The parts of all processes along this axis; every process gives the same shape."""
+        return self.wholes({"": x}, axis)[""]
+
+    def wholes(self, given: Mapping[str, torch.Tensor], axis: int = 1) -> dict[str, torch.Tensor]:
+        """`whole` of several arrays at once."""
+        if self.count == 1 or not given:
+            return dict(given)
+        # As bytes, since not every transport knows every dtype; each array begins where its dtype may.
+        raw = [x.contiguous().view(-1).view(torch.uint8) for x in given.values()]
+        own = torch.cat([functional.pad(x, (0, -len(x) % ALIGNED)) for x in raw])
         every = own.new_empty(self.count, len(own))
-        if len(own):
-            distributed.all_gather(list(every), own, group=self.group)
-        axis %= x.ndim
-        return every.view(x.dtype).view(self.count, *x.shape).movedim(0, axis).flatten(axis, axis + 1)
+        distributed.all_gather(list(every), own, group=self.group)
+        found, at = {}, 0
+        for (key, x), part in zip(given.items(), raw, strict=True):
+            held = every[:, at : at + len(part)].contiguous().view(-1).view(x.dtype)
+            along = axis % x.ndim
+            found[key] = held.view(self.count, *x.shape).movedim(0, along).flatten(along, along + 1)
+            at += len(part) + -len(part) % ALIGNED
+        return found
 
     def own(self, x: Shaped[torch.Tensor, "*every"], axis: int = 1) -> Shaped[torch.Tensor, "*some"]:
         """This process's part along this axis, in memory of its own."""
