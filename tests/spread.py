@@ -32,8 +32,11 @@ ROPE = Rope(theta=500.0, dim=6)
 
 
 def spec_of(kind: str) -> ModelSpec:
-    """A model whose vocabulary does not divide: "tied" has biases, "free" a table, more norms and soft-caps."""
+    """A model whose vocabulary does not divide: "tied" has biases, "free" a table, more norms and soft-caps,
+    "pairs" two kv heads."""
     numbers = {"vocab": 301, "dim": 20, "ffn": 28, "norm_eps": 1e-5, "positions": 512, "family": "llama"}
+    if kind == "pairs":
+        return ModelSpec(layers=(Layer(6, 2, 6, 0.4, ROPE),) * 2, **numbers)
     if kind == "tied":
         biases = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
         layers = tuple(Layer(12, 4, 6, 6**-0.5, ROPE, window=window) for window in (None, 12))
@@ -181,7 +184,7 @@ def refusals(model: Model, mesh: DeviceMesh, folder: Path) -> dict[str, str]:
 
 def answers(cases: Sequence[tuple[str, ...]], mesh: Any, folder: Path) -> dict[tuple[str, ...], Any]:
     """What each case gives."""
-    models = {kind: model_of(kind, mesh) for kind in ("tied", "free")}
+    models = {kind: model_of(kind, mesh) for kind in ("tied", "free", "pairs")}
     found: dict[tuple[str, ...], Any] = {}
     for case in cases:
         what, kind, *rest = case
@@ -209,7 +212,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def examples() -> list[tuple[str, ...]]:
     """Every example of every policy that needs no gradients."""
     every = (policies.spelling(each) for name in policies.names() for each in policies.get(name).examples())
-    return [("stepped", "tied", each) for each in every if "kvgrad" not in each]
+    kinds = {each: "pairs" if "sink_recent" in each else "tied" for each in every if "kvgrad" not in each}
+    return [("stepped", kind, each) for each, kind in kinds.items()]
 
 
 def main(rank: int, folder: Path) -> None:
