@@ -197,6 +197,11 @@ def answers(cases: Sequence[tuple[str, ...]], mesh: Any, folder: Path) -> dict[t
             found[case] = lives(model, folder)
         elif what == "memory":
             found[case] = occupied(model)
+        elif what == "rows":  # a mesh with a dimension more, along which each process has rows of its own
+            both = (
+                init_device_mesh("cpu", (PROCESSES, 1), mesh_dim_names=("batch", "heads")) if mesh else None
+            )
+            found[case] = stepped(model_of(kind, both and both["heads"]), *rest)
         else:
             found[case] = refusals(model, mesh, folder)
     return found

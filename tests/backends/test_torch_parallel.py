@@ -37,6 +37,7 @@ FAST = [
         "chunks",
     ),  # reads ahead with heads of several lengths
     ("lives", "free"),
+    ("rows", "free", "adakv(budget=8, policy=snapkv(window=4))"),
 ]
 SLOW = [
     ("stepped", "free", "snapkv(budget=8, window=4, kernel=3, interval=3)"),
