@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
 
 from framework.codec import Codec, codecs
 from framework.errors import KvtwinError
@@ -17,7 +16,6 @@ from framework.policy import Policy, name
 from framework.spec import ModelSpec
 
 HEADS = "heads"  # the name of the dimension of a mesh along which heads are shared out
-ALIGNED = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,16 @@ class Share:
         """`whole` of several arrays at once."""
         if self.count == 1 or not given:
             return dict(given)
-        # As bytes, since not every transport knows every dtype; each array begins where its dtype may.
+        # As bytes, since not every transport knows every dtype.
         raw = [x.contiguous().view(-1).view(torch.uint8) for x in given.values()]
-        own = torch.cat([functional.pad(x, (0, -len(x) % ALIGNED)) for x in raw])
+        own = torch.cat(raw)
         every = own.new_empty(self.count, len(own))
         distributed.all_gather(list(every), own, group=self.group)
-        found, at = {}, 0
-        for (key, x), part in zip(given.items(), raw, strict=True):
-            held = every[:, at : at + len(part)].contiguous().view(-1).view(x.dtype)
+        found = {}
+        for (key, x), part in zip(given.items(), every.split([len(x) for x in raw], dim=1), strict=True):
+            held = part.clone(memory_format=torch.contiguous_format).view(-1).view(x.dtype)
             along = axis % x.ndim
             found[key] = held.view(self.count, *x.shape).movedim(0, along).flatten(along, along + 1)
-            at += len(part) + -len(part) % ALIGNED
         return found
 
     def own(self, x: Shaped[torch.Tensor, "*every"], axis: int = 1) -> Shaped[torch.Tensor, "*some"]:
