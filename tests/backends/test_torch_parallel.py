@@ -20,22 +20,15 @@ FAST = [
     ("stepped", "tied", "full()"),
     ("stepped", "tied", "h2o(budget=((8, 5, 9, 7), 6))"),  # sums, memory per slot; a budget for each head
     ("stepped", "free", "random(budget=8)"),  # a hash of the number of the head
-    (
-        "stepped",
-        "tied",
-        "adakv(budget=8, policy=snapkv(window=4))",
-    ),  # the newest queries; heads share a budget
+    # The newest queries and the output projection; heads share a budget, so that each counts for all.
+    ("stepped", "tied", "adakv(budget=8, policy=critical(policy=snapkv(window=4)))"),
     ("stepped", "free", "chunked(budget=8, policy=key_norm())"),  # one set for all heads
     ("stepped", "tied", "cake(budget=9, policy=snapkv(window=4))"),  # layers share a budget
-    ("stepped", "free", "expected_attention(budget=9)"),  # stream, memory per head, the output projection
+    ("stepped", "free", "expected_attention(budget=9)"),  # stream, memory per head
     ("stepped", "free", "merge(budget=8, policy=snapkv(window=4))"),  # changes keys and values
     ("stepped", "tied", "key_norm(budget=8)", "int8()"),  # overwrites, by keys that are coded
-    (
-        "generated",
-        "tied",
-        "adakv(budget=8, policy=finch())",
-        "chunks",
-    ),  # reads ahead with heads of several lengths
+    # Reads ahead, with heads of several lengths, and other ones in each process.
+    ("generated", "tied", "adakv(budget=4, floor=0.25, policy=finch())", "chunks"),
     ("lives", "free"),
     ("rows", "free", "adakv(budget=8, policy=snapkv(window=4))"),
 ]
