@@ -9,6 +9,7 @@ if not hasattr(torch, "Tensor"):
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,10 @@ class Backend(Contract):
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
         tokenizer: Tokenizer | None = None,
+        mesh: Any = None,
     ) -> TorchModel:
+        """See the contract. `mesh`: a torch DeviceMesh with one dimension called "heads", over whose processes the
+        heads, the feed-forward and the vocabulary are shared out."""
         self.check_dtype(dtype)
         check(spec, weights)
-        return TorchModel(spec, weights, dtype, tokenizer or ByteTokenizer())
+        return TorchModel(spec, weights, dtype, tokenizer or ByteTokenizer(), mesh)

@@ -1,6 +1,7 @@
 """The dynamic cache: its layers free what they drop, also where the heads of one differ."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from backends.torch.convert import to_numpy
 from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
+from backends.torch.share import Share
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.coding import payload
@@ -25,7 +27,12 @@ from framework.spec import ModelSpec
 @dataclass(repr=False, eq=False)
 class TorchCache(Cache):
     """Layers of one batch, with what each row has seen. `step`: what last decoded it on buffers that stay, to be used
-    again while these are still its own."""
+    again while these are still its own.
+
+    Over a mesh each process holds its own kv heads. `bytes` are those of this process; `kept`, `save`, `fork` and all
+    else that shows or changes a cache are calls that every process makes, and `kept` and `save` are of all heads. Heads
+    of different lengths do not lie in pages there: what the shorter ones leave free is `padding`.
+    """
 
     spec: ModelSpec
     policy: Policy
@@ -51,6 +58,11 @@ class TorchCache(Cache):
         return len(self.row_seen)
 
     @property
+    def share(self) -> Share:
+        """Which kv heads this process holds."""
+        return self.layers[0].share
+
+    @property
     def seen(self) -> np.ndarray:
         self.alive()
         return self.row_seen.copy()
@@ -66,12 +78,13 @@ class TorchCache(Cache):
 
     def bind(self) -> None:
         """Hand each layer its limit and its budgets, on its device, and see which are to lie in pages."""
+        alone = self.share.count == 1
         self.layouts = [
-            self.laid_out(index, (self.limit(index) or 0) + self.policy.interval)
+            self.laid_out(index, (self.limit(index) or 0) + self.policy.interval) if alone else None
             for index in range(len(self.layers))
         ]
         for index, (layer, budget) in enumerate(zip(self.layers, self.budgets, strict=True)):
-            layer.limit, shape = self.limit(index), (self.batch, layer.spec.kv_heads)
+            layer.limit, shape = self.limit(index), (self.batch, self.spec.layers[index].kv_heads)
             numbers = np.full(shape, UNLIMITED) if budget is None else budget
             layer.budget = torch.as_tensor(numbers, dtype=torch.int32, device=self.dropped.device)
 
@@ -111,17 +124,27 @@ class TorchCache(Cache):
             )
         return Bytes(**totals)
 
+    @property
+    def kept(self) -> list[np.ndarray]:
+        self.alive()
+        every = self.share.wholes({str(index): layer.positions for index, layer in enumerate(self.layers)})
+        return [canonical({}, to_numpy(positions), {}, {}).positions for positions in every.values()]
+
     def snapshot(self) -> Snapshot:
         self.alive()
+
+        def whole(given: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+            return {key: to_numpy(value) for key, value in self.share.wholes(given).items()}
+
         layers = tuple(
             canonical(
-                {key: to_numpy(value) for key, value in layer.streams.items()},
-                to_numpy(layer.positions),
-                {key: to_numpy(value) for key, value in layer.memory.items()},
-                {key: to_numpy(value) for key, value in layer.heads.items()},
-                None if layer.queries is None else to_numpy(layer.queries),
+                whole(layer.streams),
+                whole({"positions": layer.positions})["positions"],
+                whole(layer.memory),
+                whole(layer.heads),
+                None if layer.queries is None else whole({"queries": layer.queries})["queries"],
                 None if layer.query_positions is None else to_numpy(layer.query_positions),
-                {key: to_numpy(value) for key, value in layer.tables.items()},
+                whole(layer.tables),
                 self.codec,
                 self.row_seen,
             )
@@ -142,6 +165,10 @@ class TorchCache(Cache):
             capacity=self.capacity,
             length=self.length,
         )
+
+    def save(self, path: str | os.PathLike) -> None:
+        snapshot = self.snapshot()
+        self.share.once(lambda: snapshot.save(path))
 
     def fork(self, rows: int = 1) -> "TorchCache":
         self.check_fork(rows)
@@ -190,9 +217,10 @@ class TorchCache(Cache):
             layer.positions.masked_fill_(gone, EMPTY)
             for value in layer.streams.values():
                 value.masked_fill_(gone[:, : value.shape[1], :, None], 0)
+            held = self.share.whole(layer.positions) >= 0  # all heads go on from one slot
             if layer.fill < layer.slots or not self.overwrites(layer):
-                filled = (layer.positions >= 0).any(dim=1).any(dim=0).nonzero()
+                filled = held.any(dim=1).any(dim=0).nonzero()
                 layer.fill = int(filled.max()) + 1 if len(filled) else 0
-            layer.used = int((layer.positions >= 0).sum(-1).max())
+            layer.used = int(held.sum(-1).max())
         result.settle()
         return result

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from backends.torch.convert import widened
-from backends.torch.linear import Linear, Wide, many
+from backends.torch.linear import Linear, Wide, local, many
 from framework.spec import Layer, ModelSpec
 
 BLOCK = 1024  # rows at a time: arrays of so many stay below 32 MiB
@@ -108,7 +108,9 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes dim"]:
         """The embedding of each token."""
-        return self.head.rows(tokens) if self.table is None else self.table(tokens)
+        if self.table is None:
+            return self.head.rows(tokens)
+        return functional.embedding(tokens, local(self.table.weight))
 
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh")}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 
 from backends.torch.convert import widened
+from backends.torch.share import ALONE, Share
 from framework.arrays import by_position, keep, take_slots
 from framework.codec import Codec, Side
 from framework.coding import payload, shown
@@ -23,18 +24,22 @@ from framework.wrapper import seen_by
 # Keys as the model sees them, from keys as they are stored and their positions [batch kv_heads slots].
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+MEMORY = "memory."
+
 
 class HeldLayer(ABC):
     """What the policy sees and changes of a layer, however its slots are stored.
 
     `used` is the most tokens that a head can hold now. `memory` is what the policy remembers per slot, `heads` per
-    head. `limit`: most tokens per head after an eviction.
+    head. `limit`: most tokens per head after an eviction. `share`: which of the model's kv heads these are; a policy
+    sees all of them, and so does `budget`, and every process decides for all and takes its own part of the answer.
     """
 
+    share: Share = ALONE
     spec: Layer
     codec: Codec
     limit: int | None
-    budget: Int[torch.Tensor, "batch kv_heads"]
+    budget: Int[torch.Tensor, "batch every"]
     heads: dict[str, Float[torch.Tensor, "batch kv_heads *rest"]]
     queries: Float[torch.Tensor, "batch kv_heads group window head_dim"] | None
     query_positions: Int[torch.Tensor, "batch window"] | None
@@ -117,19 +122,25 @@ class HeldLayer(ABC):
         """What the policy sees, in physical slot order; `table` holds the cosines and sines of this layer's rope, and
         coded vectors are read in `dtype`, and keys go through `finish`."""
         needs = policy.needs
-        wanted = needs.keys or needs.queries > 0
         cos, sin = (None, None) if table is None else table
+        own = {"positions": self.positions} | self.remembering(policy)
+        if needs.keys or needs.queries > 0:
+            own["keys"] = widened(self.read("keys", dtype, finish, exact))
+        if needs.values:
+            own["values"] = widened(self.read("values", dtype, None, exact))
+        if self.queries is not None:
+            own["queries"] = widened(self.queries)
+        if sums is not None:
+            own["sums"] = sums
+        if needs.tokens:
+            own["tokens"] = self.memory["tokens"].to(torch.int32)
+        every = self.share.wholes(own)
         view = View(
             xp=xp,
-            positions=self.positions,
             budget=self.budget,
-            memory={key: self.memory[key] for key in policy.memory} | self.heads,
-            keys=widened(self.read("keys", dtype, finish, exact)) if wanted else None,
-            values=widened(self.read("values", dtype, None, exact)) if needs.values else None,
-            queries=None if self.queries is None else widened(self.queries),
+            memory={key.removeprefix(MEMORY): every.pop(key) for key in own if key.startswith(MEMORY)},
             query_positions=self.query_positions,
-            sums=sums,
-            tokens=self.memory["tokens"].to(torch.int32) if needs.tokens else None,
+            **every,
             cos=cos,
             sin=sin,
             scale=self.spec.scale,
@@ -141,11 +152,22 @@ class HeldLayer(ABC):
         view = seen_by(policy, view)
         return repositioned(view) if policy.repositions else view
 
+    def remembering(self, policy: Policy) -> dict[str, torch.Tensor]:
+        """The policy's memory of the heads that are here, under names that nothing else has."""
+        own = {key: self.memory[key] for key in policy.memory} | self.heads
+        return {f"{MEMORY}{key}": value for key, value in own.items()}
+
+    def remembered(self, policy: Policy) -> dict[str, torch.Tensor]:
+        """The policy's memory of all heads."""
+        every = self.share.wholes(self.remembering(policy))
+        return {key.removeprefix(MEMORY): value for key, value in every.items()}
+
     def remember(self, memory: Mapping[str, torch.Tensor], active: torch.Tensor) -> None:
-        """Take over what the policy noted, in the rows that are active."""
+        """Take over what the policy noted of all heads, in the rows that are active."""
 
         def chosen(key: str, old: torch.Tensor) -> torch.Tensor:
-            return torch.where(active.view(-1, *(1,) * (old.ndim - 1)), memory[key], old)
+            new = self.share.own(memory[key])
+            return torch.where(active.view(-1, *(1,) * (old.ndim - 1)), new, old)
 
         self.put(memory={key: chosen(key, old) for key, old in self.memory.items() if key in memory})
         self.heads = {key: chosen(key, old) for key, old in self.heads.items()}
@@ -168,7 +190,7 @@ class HeldLayer(ABC):
 
         Returns which rows lost a token, the decision, and whether a score was NaN.
         """
-        order = by_position(xp, self.positions)
+        order, own = by_position(xp, view.positions), self.share.own
         seen = ordered(policy, view, order, lambda x, index: take_slots(xp, x, index))
         scores, protected = judge(policy, seen)
         budget = heads_budgets(policy, seen, scores)
@@ -186,12 +208,12 @@ class HeldLayer(ABC):
         lost = (index >= 0).sum(-1) < filled.sum(-1)
         source = take_slots(xp, order, index)
         source = torch.where(index < 0, index, source.to(index.dtype))
-        self.gather(source, room, whole)
+        self.gather(own(source), room, whole)
         if policy.merges:
             *pair, heads = merged(policy, seen, index, active)
             named = zip(("keys", "values"), pair, strict=True)
-            self.put({key: value.to(self.streams[key].dtype) for key, value in named})
-            self.heads = self.heads | heads
+            self.put({key: own(value).to(self.streams[key].dtype) for key, value in named})
+            self.heads = self.heads | {key: own(value) for key, value in heads.items()}
         return lost.any(dim=1), decision, bad.any()
 
     def evict_one(
@@ -206,7 +228,7 @@ class HeldLayer(ABC):
         over = (filled.sum(-1) > view.budget) | (filled & ~living).any(-1)
         over = (over & active[:, None])[..., None]
         left = torch.where(over, EMPTY, view.positions.gather(2, slot)).to(torch.int32)
-        self.put(positions=view.positions.scatter_(2, slot, left))
+        self.put(positions=self.share.own(view.positions.scatter_(2, slot, left)))
         self.used = min(self.used, self.bound)
         return over.any(dim=1)[:, 0], bad.any()
 
@@ -222,7 +244,7 @@ class LayerCache(HeldLayer):
     spec: Layer
     codec: Codec
     limit: int | None
-    budget: Int[torch.Tensor, "batch kv_heads"]
+    budget: Int[torch.Tensor, "batch every"]
     streams: dict[str, Shaped[torch.Tensor, "batch heads slots width"]]
     positions: Int[torch.Tensor, "batch kv_heads slots"]
     memory: dict[str, Float[torch.Tensor, "batch kv_heads slots"]]
@@ -232,6 +254,7 @@ class LayerCache(HeldLayer):
     tables: dict[str, Shaped[torch.Tensor, "batch kv_heads rows _"]]
     fill: int = 0
     used: int = 0
+    share: Share = ALONE
 
     @property
     def slots(self) -> int:

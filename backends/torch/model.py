@@ -16,10 +16,11 @@ from backends.torch.decode import decode
 from backends.torch.decoder import Decoder, DecoderLayer
 from backends.torch.gradient import gradients
 from backends.torch.layer import Finish, LayerCache
-from backends.torch.linear import Wide
+from backends.torch.linear import Wide, local
 from backends.torch.mixing import mixed, mixed_in_pages
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions, turned
+from backends.torch.share import ALONE, check_shared, cut, embedded, part_of, share_of
 from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec, Side
@@ -37,6 +38,8 @@ from framework.tokenizer import Tokenizer
 
 Tap = Callable[[str, torch.Tensor], None]
 Turn = tuple[torch.Tensor, torch.Tensor]
+# Taps that have an axis of heads.
+BY_HEAD = ("query", "key", "value", "query_rotated", "key_rotated", "mixed")
 
 
 def no_tap(name: str, value: torch.Tensor) -> None:
@@ -44,24 +47,43 @@ def no_tap(name: str, value: torch.Tensor) -> None:
 
 
 class TorchModel(Model):
-    """A decoder in torch, run eagerly over a dynamic cache."""
+    """A decoder in torch, run eagerly over a dynamic cache.
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+    Over a `mesh` each process holds its share of the weights and of a cache's heads; every process makes every call,
+    with the same arguments, and gets the same answer.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        dtype: str,
+        tokenizer: Tokenizer,
+        mesh: Any = None,
+    ):
         self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.share = ALONE if mesh is None else share_of(mesh, spec)
+        self.part = spec if mesh is None else part_of(spec, self.share)
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(here if mesh is None else mesh.device_type)
         self.kind = DTYPES[dtype]
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         with torch.device("meta"):
-            self.decoder = Decoder(spec, cores)
+            self.decoder = Decoder(self.part, cores)
         embed = "head.weight" if spec.tied else "table.weight"
         tensors = {}
         for key, value in fused(spec, weights):
             own = embed if key == "embed.weight" else key
             module = self.decoder.get_submodule(own.rpartition(".")[0])
-            tensor = to_torch(value, self.kind, self.device)
+            tensor = to_torch(cut(key, value, self.share), self.kind, self.device)
             turned_over = isinstance(module, Wide) and own.endswith(".weight")
             tensors[own] = module.held(tensor) if turned_over else tensor
         self.decoder.load_state_dict(tensors, assign=True)
+        if mesh is not None:
+            # What makes DTensors takes a second to import.
+            from backends.torch.parallel import parallelize
+
+            parallelize(self.decoder, mesh, self.share, spec.vocab)
         self.decoder.requires_grad_(False)
         self.tables = Tables(self.kind, self.device)
 
@@ -76,10 +98,12 @@ class TorchModel(Model):
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
         coding = read_codec(codec, made, self.spec)
+        if self.share.count > 1:
+            check_shared(made, coding, self.spec)
         wide = torch.promote_types(self.kind, torch.float32)
         cache = TorchCache(
             self.spec, made, coding, self.dtype, each,
-            [self._layer(made, coding, layer, batch) for layer in self.spec.layers],
+            [self._layer(made, coding, layer, batch) for layer in self.part.layers],
             np.zeros(batch, np.int32), torch.zeros(batch, dtype=torch.int32, device=self.device),
             np.full(batch, FAR, np.int32), capacity, length,
             constants={
@@ -121,6 +145,7 @@ class TorchModel(Model):
                 )
                 for key, (one, kind) in tables_layout(codec, layer).items()
             },
+            share=self.share,
         )
 
     @torch.inference_mode()
@@ -140,7 +165,8 @@ class TorchModel(Model):
     ) -> tuple[Any, TorchCache]:
         def listen(key: str, value: torch.Tensor) -> None:
             assert taps is not None
-            taps[key] = to_numpy(widened(value))
+            heads = key.rpartition(".")[2] in BY_HEAD
+            taps[key] = to_numpy(widened(self.share.whole(value, 2) if heads else value))
 
         out, cache = self.advance(
             to_torch(tokens, device=self.device), tokens, cache, logits, phase, evict, forced, decisions,
@@ -191,13 +217,14 @@ class TorchModel(Model):
             cache.open()
         cache.pending = not due and (cache.pending or phase == "prefill" or not evict)
 
-        x = self.decoder.embed(tokens.clamp(min=0)) * spec.embed_scale
+        x = embedded(self.share, self.part.vocab, self.decoder.embed, tokens.clamp(min=0)) * spec.embed_scale
         tap("embed", x)
         active = torch.ones_like(real[:, 0]) if whole else real.any(1)
         bad: dict[int, torch.Tensor] = {}
         unfit: list[torch.Tensor] | None = None if cache.codec.exact else []
         for index, block in enumerate(self.decoder.layers):
             slope = None if gradients is None else to_torch(gradients[index], device=self.device)
+            evicts = due and cache.layers[index].limit is not None
             y, view, call = self._attend(
                 block,
                 index,
@@ -211,12 +238,13 @@ class TorchModel(Model):
                 single,
                 phase,
                 tap,
+                evicts or statistics is not None,
                 slope,
                 unfit,
             )
             if statistics is not None:
                 statistics.append(to_numpy(measured(policy, view)))
-            if due and cache.layers[index].limit is not None:
+            if evicts:
                 choice = None if forced is None else to_torch(forced[len(bad)], device=self.device)
                 bad[index] = self._evict(cache, index, view, active, single, choice, decisions)
             del view  # and with it the layer's tokens that were evicted
@@ -227,9 +255,9 @@ class TorchModel(Model):
             x = self._rest(block, index, x, y, tap)
         if not single:
             cache.settle()
-        if unfit and bool(torch.cat(unfit).any()):
+        if unfit and bool(self.share.whole(torch.cat(unfit), 0).any()):
             given.layers, given.consumed = restorable, False
-            raise refused(cache.codec, unfit)
+            raise refused(cache.codec, [self.share.whole(heads, 0) for heads in unfit])
         if bad and any(wrong := torch.stack(list(bad.values())).tolist()):
             layer = list(bad)[wrong.index(True)]
             raise KvtwinError(f"policy {name(policy)} scored NaN in layer {layer}; expected numbers")
@@ -256,18 +284,20 @@ class TorchModel(Model):
         single: bool,
         phase: Phase,
         tap: Tap = no_tap,
+        asked: bool = False,
         gradients: Float[torch.Tensor, "batch tokens dim"] | None = None,
         unfit: list[torch.Tensor] | None = None,
-    ) -> tuple[Float[torch.Tensor, "batch tokens dim"], View, Call]:
+    ) -> tuple[Float[torch.Tensor, "batch tokens dim"], Any, Call]:
         """Append the tokens to one layer and attend; returns the layer's attention output, the policy's view, and what
         was appended, as it is stored.
 
-        `turns`: see there. `before`: what the rows had seen. `unfit` is given which heads made what cannot be coded.
+        `turns`: see there. `before`: what the rows had seen. `asked`: the policy is; where it neither is nor remembers
+        anything, there is no view (None). `unfit` is given which heads made what cannot be coded.
         """
         at, attn, layer, held = (
             f"layers.{index}",
             block.attention,
-            self.spec.layers[index],
+            self.part.layers[index],
             cache.layers[index],
         )
         policy, tokens = cache.policy, positions.shape[1]
@@ -314,28 +344,31 @@ class TorchModel(Model):
             out, sums = mixed_in_pages(held, q, new, exact, positions, cache, self.tables, finish)
         else:
             out, sums = mixed(held, q, new, exact, first, positions, before, cache, self.tables, finish)
-        view = held.view(
-            policy,
-            sums,
-            None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
-            torch.promote_types(self.kind, torch.float32),
-            finish,
-            exact,
-            phase=phase,
-            layer=index,
-            layers=len(self.spec.layers),
-            output=self._output(block, layer) if policy.needs.output else None,
-            constants=cache.constants,
-            **rows,
-        )
-        if view.memory:
+        whole, view = self.share.whole, None
+        if asked or policy.memory or held.heads:
+            view = held.view(
+                policy,
+                sums,
+                None if layer.rope is None else self.tables.tables[layer.rope, cache.length],
+                torch.promote_types(self.kind, torch.float32),
+                finish,
+                exact,
+                phase=phase,
+                layer=index,
+                layers=len(self.spec.layers),
+                output=whole(self._output(block, layer), 0) if policy.needs.output else None,
+                constants=cache.constants,
+                **rows,
+            )
+        if view is not None and view.memory:
             for begin in range(0, tokens, BLOCK) if policy.needs.stream else ():
                 span = slice(begin, begin + BLOCK)
                 slope = None if gradients is None else gradients[:, span]
-                part = Block(positions[:, span], widened(raw[:, :, :, span]), widened(h[:, span]), slope)
+                queries = whole(widened(raw[:, :, :, span]))
+                part = Block(positions[:, span], queries, widened(h[:, span]), slope)
                 view = streamed(policy, view, part)
             held.remember(noted(policy, view).memory, (positions >= 0).any(1))
-            view = replace(view, memory={key: held.memory[key] for key in policy.memory} | held.heads)
+            view = replace(view, memory=held.remembered(policy))
         out = out.movedim(3, 1).flatten(2)
         tap(f"{at}.attention.mixed", out)
         y = attn.output(out)
@@ -350,7 +383,7 @@ class TorchModel(Model):
         positions: Int[torch.Tensor, "batch heads slots"],
     ) -> Float[torch.Tensor, "batch kv_heads slots head_dim"]:
         """The key bias of a layer at these positions, rotated where keys are stored rotated."""
-        own = block.attention.split(block.attention.query_key_value.bias)[1][None, :, None]
+        own = block.attention.split(local(block.attention.query_key_value.bias))[1][None, :, None]
         every = own.expand(positions.shape[0], -1, positions.shape[-1], -1)
         if layer.rope is None or cache.policy.repositions or cache.codec.unrotated:
             return every
@@ -396,7 +429,7 @@ class TorchModel(Model):
         self, block: DecoderLayer, layer: Layer
     ) -> Float[torch.Tensor, "kv_heads group head_dim dim"]:
         """The output projection of each query head."""
-        return widened(block.attention.output.weight).T.reshape(
+        return widened(local(block.attention.output.weight)).T.reshape(
             layer.kv_heads, layer.group, layer.head_dim, -1
         )
 
@@ -442,6 +475,8 @@ class TorchModel(Model):
         return torch.where(real[..., None], out, 0)
 
     def gradients(self, tokens: np.ndarray, cache: Any) -> list[np.ndarray]:
+        if self.share.count > 1:
+            raise KvtwinError("a model over a mesh gives no gradients; expected one without a mesh")
         return gradients(self, tokens, cache)
 
     def decode(
@@ -464,21 +499,21 @@ class TorchModel(Model):
         cache.dropped = to_torch(held.dropped, torch.int32, self.device)
         cache.steps, cache.pending = held.steps, held.pending
         wide = torch.promote_types(self.kind, torch.float32)
+
+        def own(value: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+            return self.share.own(to_torch(value, dtype, self.device))
+
         for layer, saved in zip(map(opened, cache.layers), held.layers, strict=True):
             layer.streams = {
-                key: to_torch(value, layer.streams[key].dtype, self.device)
-                for key, value in saved.streams.items()
+                key: own(value, layer.streams[key].dtype) for key, value in saved.streams.items()
             }
-            layer.positions = to_torch(saved.positions, torch.int32, self.device)
-            layer.memory = {key: to_torch(value, wide, self.device) for key, value in saved.memory.items()}
-            layer.heads = {key: to_torch(value, wide, self.device) for key, value in saved.heads.items()}
+            layer.positions = own(saved.positions, torch.int32)
+            layer.memory = {key: own(value, wide) for key, value in saved.memory.items()}
+            layer.heads = {key: own(value, wide) for key, value in saved.heads.items()}
             if saved.queries is not None and saved.query_positions is not None:
-                layer.queries = to_torch(saved.queries, self.kind, self.device)
+                layer.queries = own(saved.queries, self.kind)
                 layer.query_positions = to_torch(saved.query_positions, torch.int32, self.device)
-            layer.tables = {
-                key: to_torch(value, layer.tables[key].dtype, self.device)
-                for key, value in saved.tables.items()
-            }
+            layer.tables = {key: own(value, layer.tables[key].dtype) for key, value in saved.tables.items()}
             layer.fill = layer.used = layer.slots
         cache.bind()
         cache.settle()
