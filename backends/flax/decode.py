@@ -41,6 +41,7 @@ from backends.flax.layer import (
 )
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
+from backends.flax.sharding import by_head, kept_in_place
 from framework.arrays import Array, spread
 from framework.codec import Side, decoded
 from framework.coding import SIDES, Coded, paged_parts, stored, uncoded
@@ -175,7 +176,7 @@ def _attend(
     if isinstance(held, PagedState):
         mixed, sums = _mixed_in_pages(plan, index, held, q, new, call, given)
     else:
-        mixed, sums = _mixed(plan, index, held, q, new, call, first, given)
+        mixed, sums = by_head(plan.mesh, partial(_mixed, plan.own, index), held, q, new, call, first, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
@@ -434,7 +435,7 @@ def advance(
             held = closed(held, layout, least)
             bad = bad | held.overflows
         layers.append(held)
-    result = State(layers, seen, dropped, bad, unfit)
+    result = kept_in_place(plan.mesh, State(layers, seen, dropped, bad, unfit))
     decisions = taken if record else []
     if logits is None:
         return None, result, decisions, statistics
@@ -495,7 +496,8 @@ def _one(
             unfit = _marked(unfit, index, wrong)
         layers.append(held)
     out = _logits(decoder, plan, x, no_tap)[:, 0]
-    return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad, unfit)
+    state = kept_in_place(plan.mesh, State(layers, seen, dropped, bad, unfit))
+    return jnp.where(real[:, None], out, 0), state
 
 
 def _sometimes(

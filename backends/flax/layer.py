@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Shaped
 
 from backends.flax.convert import to_jax, wide, widened
 from backends.flax.pages import PagedState
 from backends.flax.rope import rotate
+from backends.flax.sharding import by_head, own_part
 from framework.arrays import Array, by_position, keep, take_slots
 from framework.codec import Codec, Side
 from framework.coding import layout, payload, shown
@@ -41,6 +43,11 @@ from framework.policy import Policy, View
 from framework.shapes import EMPTY
 from framework.spec import Layer, ModelSpec, Rope
 from framework.wrapper import seen_by
+
+
+jax.tree_util.register_dataclass(
+    Call, data_fields=["new", "positions", "before", "after", "queries"], meta_fields=["due"]
+)
 
 
 @jax.tree_util.register_dataclass
@@ -106,17 +113,23 @@ def opened(layer: Held) -> LayerState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compiled step is specialised to beside shapes: spec, policy without its budget, codec, and which layers
-    evict."""
+    """What a compiled step is specialised to beside shapes: spec, policy without its budget, codec, which layers evict,
+    and the devices, if there are several."""
 
     spec: ModelSpec
     policy: Policy
     codec: Codec
     bounded: tuple[bool, ...]
+    mesh: Mesh | None = None
 
     def overwrites(self, index: int) -> bool:
         """True where decode puts a token into an emptied slot of this layer."""
         return overwrites(self.policy, self.bounded[index])
+
+    @property
+    def own(self) -> "Plan":
+        """The plan as one device has it inside `by_head`."""
+        return replace(self, spec=own_part(self.mesh, self.spec), mesh=None)
 
 
 @jax.tree_util.register_dataclass
