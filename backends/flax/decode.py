@@ -464,7 +464,7 @@ def _one(
         q, new, left, source = _project(block, plan, index, x, position, given, no_tap)
         call = Call(left, position, state.seen, seen)
         first = held.fill
-        write = overwrite if plan.overwrites(index) else append_one
+        write = partial(overwrite, mesh=plan.mesh) if plan.overwrites(index) else append_one
         made, unfit = _coded(plan, index, position, new, left, unfit)
         held = write(held, made, position, tokens[:, None], plan.policy)
         y, held, view = _attend(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -206,12 +207,20 @@ def overwrite(
     position: Int[jax.Array, "batch 1"],
     token: Int[jax.Array, "batch 1"],
     policy: Policy,
+    mesh: Mesh | None = None,
 ) -> Held:
     """The layer with one token per row in an empty slot of each head."""
     spread, fresh = _fresh(policy, layer, position, token)
     if isinstance(layer, PagedState):
         return layer.overwrite(new, spread, fresh)
-    slot = jnp.argmin(layer.positions, axis=-1)
+    slots = layer.streams, layer.positions, layer.memory
+    streams, positions, memory = by_head(mesh, _overwritten, layer.positions, slots, (new, spread, fresh))
+    return replace(layer, streams=streams, positions=positions, memory=memory)
+
+
+def _overwritten(positions: Int[jax.Array, "batch kv_heads slots"], buffers: Any, values: Any) -> Any:
+    """The buffers with these values, one per row and head, where a slot is empty."""
+    slot = jnp.argmin(positions, axis=-1)
     row = jnp.arange(slot.shape[0])[:, None]
     head = jnp.arange(slot.shape[1])[None, :]
 
@@ -219,12 +228,7 @@ def overwrite(
         heads = slice(0, value.shape[1])
         return buffer.at[row, head[:, heads], slot[:, heads]].set(value[:, :, 0])
 
-    return replace(
-        layer,
-        streams={key: write(layer.streams[key], value) for key, value in new.items()},
-        positions=write(layer.positions, spread),
-        memory={key: write(layer.memory[key], value) for key, value in fresh.items()},
-    )
+    return jax.tree.map(write, buffers, values)
 
 
 def observe(
@@ -275,6 +279,12 @@ def read(
     layer: Held, plan: Plan, index: int, given: Given, side: Side, dtype: Any, call: Call
 ) -> Float[jax.Array, "batch kv_heads slots width"]:
     """Keys or values of all slots, as the policy sees them at the end of a call; coded ones in this dtype."""
+    return by_head(plan.mesh, partial(_read, plan.own, index, side, dtype), layer, given, call)
+
+
+def _read(
+    plan: Plan, index: int, side: Side, dtype: Any, layer: Held, given: Given, call: Call
+) -> Float[jax.Array, "batch kv_heads slots width"]:
     codec, spec = plan.codec, plan.spec.layers[index]
     exact = exact_of(jnp, codec, layer.tables, layer.positions, call) if codec.recent else None
     x = widened(shown(codec, jnp, spec, layer.streams, side, dtype, layer.tables, exact))
@@ -290,12 +300,17 @@ def recoded_layer(
     size that suits the slots.
     """
 
+    rows = most_rows(plan.codec, layer.slots, plan.bounded[index])
+
+    def own(streams: Any, tables: Any, positions: jax.Array, call: Call) -> tuple:
+        streams, tables, wrong = recoded(jnp, plan.codec, streams, tables, positions, call, rows)
+        return streams, tables, wrong[None]
+
     def code(complete: bool) -> tuple[Held, Bool[jax.Array, "kv_heads"]]:
-        rows = most_rows(plan.codec, layer.slots, plan.bounded[index])
-        streams, tables, wrong = recoded(
-            jnp, plan.codec, layer.streams, layer.tables, layer.positions, replace(call, due=complete), rows
+        streams, tables, wrong = by_head(
+            plan.mesh, own, layer.streams, layer.tables, layer.positions, replace(call, due=complete)
         )
-        return layer.put(streams if complete else None, tables=tables), wrong
+        return layer.put(streams if complete else None, tables=tables), wrong.any(axis=0)
 
     if due is None:
         return code(True)
