@@ -41,7 +41,7 @@ from backends.flax.layer import (
 )
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
-from backends.flax.sharding import by_head, kept_in_place
+from backends.flax.sharding import by_head, by_row, kept_in_place
 from framework.arrays import Array, spread
 from framework.codec import Side, decoded
 from framework.coding import SIDES, Coded, paged_parts, stored, uncoded
@@ -495,7 +495,8 @@ def _one(
             held, wrong = recoded_layer(held, plan, index, replace(call, queries=held.queries), due)
             unfit = _marked(unfit, index, wrong)
         layers.append(held)
-    out = _logits(decoder, plan, x, no_tap)[:, 0]
+    # A choice among all tokens is dozens of small sums over devices where each has a part of them.
+    out = by_row(plan.mesh, _logits(decoder, plan, x, no_tap)[:, 0])
     state = kept_in_place(plan.mesh, State(layers, seen, dropped, bad, unfit))
     return jnp.where(real[:, None], out, 0), state
 

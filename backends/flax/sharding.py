@@ -139,6 +139,11 @@ def kept_in_place(mesh: Mesh | None, cache: Tree) -> Tree:
     return _each(jax.lax.with_sharding_constraint, mesh, cache)
 
 
+def by_row(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """An array of which a device has all that belongs to its rows, inside a compiled function."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, (BATCH,)))
+
+
 def by_head(mesh: Mesh | None, f: Callable, *given: Any) -> Any:
     """f(*given), where each device sees its own rows and heads; so the results, whose first axes are rows and heads.
 
