@@ -45,7 +45,6 @@ from framework.shapes import EMPTY
 from framework.spec import Layer, ModelSpec, Rope
 from framework.wrapper import seen_by
 
-
 jax.tree_util.register_dataclass(
     Call, data_fields=["new", "positions", "before", "after", "queries"], meta_fields=["due"]
 )

@@ -135,7 +135,7 @@ def test_a_cache_counts_its_bytes_as_on_one(four: Found) -> None:
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_keys_and_values_stay_where_they_are(four: Found, name: str) -> None:
-    """Between devices pass sums of the residual, two a layer, one of the embedding, flags, and the logits of the step."""
+    """Between devices pass sums of the residual, two a layer and one of the embedding, flags, and the step's logits."""
     case, passes = CASES[name], four[1][name]["step"]["passes"]
     rows, found = case.rows // case.devices["batch"], []
     for kind, shapes in passes:
