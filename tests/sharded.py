@@ -62,13 +62,12 @@ SLOW = {
     "one set": Case("tova(budget=9)", "int8()", (4,), ("batch",), rows=8),
     "heads that differ": Case("adakv(budget=9, policy=snapkv(window=3, kernel=3))", shape=(4, 1), rows=8),
     "layers that differ": Case("cake(budget=9, policy=snapkv(window=3, kernel=3), window=3)"),
-    "random": Case("random(budget=9)", shape=(1, 2), rows=3),
+    "random": Case("random(budget=9)", "kvquant(bits=2, group=2, residual=2)", (1, 2), rows=3),
     "keys against keys": Case("keydiff(budget=9, interval=3)", "turboquant()"),
     "rotated by rank": Case("reposition(budget=9, policy=snapkv(window=3, kernel=3))"),
     "merged": Case("d2o(budget=9, policy=h2o())"),
     "read in a stream": Case("compactor(budget=13)", shape=(2, 1), rows=6),
     "again": Case("h2o(budget=8)", "unbias(codec=kivi(bits=4, group=8, residual=8, regroup=True))"),
-    "before rotation": Case("q_filter(budget=9, path='random:0')", "kvquant(bits=2, group=2, residual=2)"),
 }
 STEPPED = ("overwritten", "in groups")  # each head by itself, and looked at more closely
 
