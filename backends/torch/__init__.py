@@ -33,7 +33,6 @@ class Backend(Contract):
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
         tokenizer: Tokenizer | None = None,
-        mesh=None,
     ) -> TorchModel:
         self.check_dtype(dtype)
         check(spec, weights)

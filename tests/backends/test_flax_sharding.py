@@ -107,9 +107,19 @@ def test_some_case_evicted(four: Found) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_device_has_its_rows_and_heads(four: Found, name: str) -> None:
-    devices = CASES[name].devices
-    sizes = {CASES[name].rows: "batch", SPEC.layers[0].kv_heads: "heads"}
-    cached = four[1][name]["cache"]
+    assert_split(four[1][name]["cache"], CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_device_has_them_under_policies_of_all_kinds(four_slow: Found, name: str) -> None:
+    assert_split(four_slow[1][name]["cache"], SLOW[name])
+
+
+def assert_split(cached: list[tuple[str, list[int], list[int]]], case: Case) -> None:
+    """After all kinds of calls each array lies as it lay at first."""
+    devices = case.devices
+    sizes = {case.rows: "batch", SPEC.layers[0].kv_heads: "heads"}
     assert len(cached) > 2 * 4
     for path, shape, own in cached:
         axes = [sizes[size] for size in shape[:2] if size in sizes]
