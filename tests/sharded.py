@@ -66,7 +66,9 @@ SLOW = {
     "keys against keys": Case("keydiff(budget=9, interval=3)", "turboquant()"),
     "rotated by rank": Case("reposition(budget=9, policy=snapkv(window=3, kernel=3))"),
     "merged": Case("d2o(budget=9, policy=h2o())"),
-    "read in a stream": Case("compactor(budget=13)", shape=(2, 1), rows=6),
+    "read in a stream": Case(
+        "compactor(budget=9, sinks=2, recent=3, chunk=5, sketch=3)", shape=(2, 1), rows=6
+    ),
     "again": Case("h2o(budget=8)", "unbias(codec=kivi(bits=4, group=8, residual=8, regroup=True))"),
 }
 STEPPED = ("overwritten", "in groups")  # each head by itself, and looked at more closely
@@ -129,7 +131,7 @@ def listened(model: Model, rows: int) -> dict[str, np.ndarray]:
     taps: dict[str, np.ndarray] = {}
     decisions: list[Any] = []
     cache = model.cache("h2o(budget=8)", batch=rows)
-    _, cache = model.step(prompt(rows), cache, taps=taps, decisions=decisions)
+    _, cache = model.step(prompt(rows), cache, logits="all", taps=taps, decisions=decisions)
     slopes = model.gradients(texts(rows)[:, 3:9], cache)
     last = decisions[-1]
     return taps | {"scores": last.scores, "chosen": last.kept, "gradients": np.stack(slopes)}
