@@ -133,8 +133,7 @@ def listened(model: Model, rows: int) -> dict[str, np.ndarray]:
     cache = model.cache("h2o(budget=8)", batch=rows)
     _, cache = model.step(prompt(rows), cache, logits="all", taps=taps, decisions=decisions)
     slopes = model.gradients(texts(rows)[:, 3:9], cache)
-    last = decisions[-1]
-    return taps | {"scores": last.scores, "chosen": last.kept, "gradients": np.stack(slopes)}
+    return taps | {"chosen": decisions[-1].kept[..., :8], "gradients": np.stack(slopes)}
 
 
 def in_its_own_process(out: Path, names: list[str]) -> subprocess.CompletedProcess:
