@@ -20,8 +20,9 @@ FAR = 2**31 - 1  # beyond any position
 
 
 def device(x: Array) -> Any:
-    """Where an array lives; None for a traced one, which has no place yet."""
-    return getattr(x, "device", None)
+    """Where an array lives; None for a traced one, which has no place yet, and for one that lies on several devices."""
+    place = getattr(x, "device", None)
+    return None if hasattr(place, "device_set") else place  # jax gives a sharding for several
 
 
 def take_slots(

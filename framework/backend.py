@@ -476,13 +476,19 @@ class Backend(ABC):
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
         tokenizer: Tokenizer | None = None,
+        mesh: Any = None,
     ) -> Model:
-        """A model from canonical weights, cast to `dtype`. A tokenizer of bytes when none is given."""
+        """A model from canonical weights, cast to `dtype`. A tokenizer of bytes when none is given.
 
-    def load(self, name: str | os.PathLike, dtype: str = "float32") -> Model:
+        `mesh`: the devices to spread over: the library's own mesh with axes `batch` and `heads`. Rows of caches go by
+        the one, kv heads and the matrices that make or read them by the other. Kept sets are those of one device, and
+        logits but for the order of sums. Refused where they do not divide.
+        """
+
+    def load(self, name: str | os.PathLike, dtype: str = "float32", mesh: Any = None) -> Model:
         """A bundled model by name, a Hugging Face folder on disk, or "org/name" through the hub's cache."""
         checkpoint = open_checkpoint(name)
-        return self.build(checkpoint.spec, checkpoint.weights, dtype, checkpoint.tokenizer)
+        return self.build(checkpoint.spec, checkpoint.weights, dtype, checkpoint.tokenizer, mesh)
 
     def check_dtype(self, dtype: str) -> None:
         """Raises unless this backend computes in `dtype`."""

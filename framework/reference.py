@@ -492,7 +492,12 @@ class Backend(Contract):
         weights: Mapping[str, np.ndarray],
         dtype: str = "float64",
         tokenizer: Tokenizer | None = None,
+        mesh: Any = None,
     ) -> ReferenceModel:
+        if mesh is not None:
+            raise KvtwinError(
+                "a mesh came; the reference runs in one process on NumPy: leave it out, or take flax or torch"
+            )
         self.check_dtype(dtype)
         check(spec, weights)
         return ReferenceModel(
@@ -501,5 +506,5 @@ class Backend(Contract):
             tokenizer or ByteTokenizer(),
         )
 
-    def load(self, name: str | os.PathLike, dtype: str = "float64") -> Model:
-        return super().load(name, dtype)
+    def load(self, name: str | os.PathLike, dtype: str = "float64", mesh: Any = None) -> Model:
+        return super().load(name, dtype, mesh)

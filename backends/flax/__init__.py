@@ -9,6 +9,7 @@ if not hasattr(flax, "__version__"):
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from framework.weights import check
 
 @dataclass(frozen=True)
 class Backend(Contract):
-    """Flax NNX and jax.jit, on the device that jax chooses."""
+    """Flax NNX and jax.jit, on the device that jax chooses, or on those of a jax.sharding.Mesh."""
 
     name: str = "flax"
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -34,8 +35,9 @@ class Backend(Contract):
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
         tokenizer: Tokenizer | None = None,
+        mesh: Any = None,
     ) -> FlaxModel:
         self.check_dtype(dtype)
         check(spec, weights)
         keep_what_is_compiled()
-        return FlaxModel(spec, weights, dtype, tokenizer or ByteTokenizer())
+        return FlaxModel(spec, weights, dtype, tokenizer or ByteTokenizer(), mesh)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 
 from backends.flax.convert import precision, to_jax, to_numpy
 from backends.flax.layer import Held, Plan, opened, packed, without
 from backends.flax.pages import PagedState, closed
+from backends.flax.sharding import check_cache, placed
 from framework.backend import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.coding import payload
@@ -59,6 +61,7 @@ class FlaxCache(Cache):
     used: int = 0
     room: int = 0
     constants: dict[str, jax.Array] = field(default_factory=dict)
+    mesh: Mesh | None = None
     consumed: bool = False
 
     @property
@@ -74,7 +77,7 @@ class FlaxCache(Cache):
     def plan(self) -> Plan:
         """The static part."""
         bounded = tuple(self.limit(index) is not None for index in range(len(self.spec.layers)))
-        return Plan(self.spec, replace(self.policy, budget=None), self.codec, bounded)
+        return Plan(self.spec, replace(self.policy, budget=None), self.codec, bounded, self.mesh)
 
     def consume(self) -> None:
         """Mark this cache as used up and let go of its buffers."""
@@ -96,14 +99,19 @@ class FlaxCache(Cache):
         return self.capacity if self.capacity is not None else bucket(tokens + self.room)
 
     def pages(self, index: int) -> Pages | None:
-        """How a layer is laid out whose heads differ; None for heads of one length."""
-        return self.laid_out(index, self.slots(index))
+        """How a layer is laid out whose heads differ; None for heads of one length.
+
+        Over several devices heads have one length: a shape is the same on all of them, and pages that rows and heads
+        share would have to be on each.
+        """
+        return None if self.mesh is not None else self.laid_out(index, self.slots(index))
 
     def settled(self) -> "FlaxCache":
         """This cache with every layer in the form that it rests in."""
         if not self.pending:
             layers = [self.settle(index, layer) for index, layer in enumerate(self.state.layers)]
             self.state = replace(self.state, layers=layers)
+        self.state = placed(self.mesh, self.state)
         return self
 
     def settle(self, index: int, layer: Held, slots: int = 0) -> Held:
@@ -196,6 +204,7 @@ class FlaxCache(Cache):
         return self._gather([row % self.batch for row in index])
 
     def _gather(self, index: list[int]) -> "FlaxCache":
+        check_cache(self.mesh, len(index), self.codec, self.spec)
         pick = np.array(index, np.int32)
         with precision(self.dtype):
             state = replace(self.state, layers=list(map(opened, self.state.layers)))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 PAGE = 2**21  # bytes of a large page
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64, "bfloat16": jnp.bfloat16}
@@ -28,12 +29,15 @@ def to_jax(x: np.ndarray, dtype: Any = None) -> jax.Array:
     return jax.device_put(np.array(x, dtype=dtype))
 
 
-def parameter(x: np.ndarray, dtype: Any) -> jax.Array:
-    """The array for many reads: on a CPU a large one begins where a large page of memory can.
+def parameter(x: np.ndarray, dtype: Any, sharding: NamedSharding | None = None) -> jax.Array:
+    """The array for many reads: on a CPU a large one begins where a large page of memory can, unless it is to lie on
+    several devices.
 
     XLA's own buffers lie in pages of 4 KiB; NumPy asks the system for large ones, which it can have where they fit.
     """
     kind = np.dtype(dtype)
+    if sharding is not None:
+        return jax.device_put(np.array(x, kind), sharding)
     size = x.size * kind.itemsize
     if size < 4 * PAGE:
         return to_jax(x, kind)

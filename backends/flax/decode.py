@@ -39,6 +39,7 @@ from backends.flax.layer import (
 from backends.flax.mixing import mixed, mixed_in_pages
 from backends.flax.pages import PagedState, closed
 from backends.flax.rope import rotate
+from backends.flax.sharding import by_head, by_row, kept_in_place
 from framework.arrays import Array
 from framework.codec import Side
 from framework.coding import stored, uncoded
@@ -173,7 +174,7 @@ def _attend(
     if isinstance(held, PagedState):
         out, sums = mixed_in_pages(plan, index, held, q, new, call, given)
     else:
-        out, sums = mixed(plan, index, held, q, new, call, first, given)
+        out, sums = by_head(plan.mesh, partial(mixed, plan.own, index), held, q, new, call, first, given)
     output = None
     if policy.needs.output:
         weight = widened(block.attention.output.weight[...])
@@ -357,7 +358,7 @@ def advance(
             held = closed(held, layout, least)
             bad = bad | held.overflows
         layers.append(held)
-    result = State(layers, seen, dropped, bad, unfit)
+    result = kept_in_place(plan.mesh, State(layers, seen, dropped, bad, unfit))
     decisions = taken if record else []
     if logits is None:
         return None, result, decisions, statistics
@@ -386,7 +387,7 @@ def _one(
         q, new, left, source = _project(block, plan, index, x, position, given, no_tap)
         call = Call(left, position, state.seen, seen)
         first = held.fill
-        write = overwrite if plan.overwrites(index) else append_one
+        write = partial(overwrite, mesh=plan.mesh) if plan.overwrites(index) else append_one
         made, unfit = _coded(plan, index, position, new, left, unfit)
         held = write(held, made, position, tokens[:, None], plan.policy)
         y, held, view = _attend(
@@ -417,8 +418,10 @@ def _one(
             held, wrong = recoded_layer(held, plan, index, replace(call, queries=held.queries), due)
             unfit = _marked(unfit, index, wrong)
         layers.append(held)
-    out = _logits(decoder, plan, x, no_tap)[:, 0]
-    return jnp.where(real[:, None], out, 0), State(layers, seen, dropped, bad, unfit)
+    # A choice among all tokens is dozens of small sums over devices where each has a part of them.
+    out = by_row(plan.mesh, _logits(decoder, plan, x, no_tap)[:, 0])
+    state = kept_in_place(plan.mesh, State(layers, seen, dropped, bad, unfit))
+    return jnp.where(real[:, None], out, 0), state
 
 
 def _sometimes(

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Shaped
 
 from backends.flax.convert import to_jax, wide, widened
 from backends.flax.pages import PagedState
 from backends.flax.rope import rotate
+from backends.flax.sharding import by_head, own_part
 from framework.arrays import Array, by_position, keep, take_slots
 from framework.codec import Codec, Side
 from framework.coding import layout, payload, shown
@@ -41,6 +44,10 @@ from framework.policy import Policy, View
 from framework.shapes import EMPTY
 from framework.spec import Layer, ModelSpec, Rope
 from framework.wrapper import seen_by
+
+jax.tree_util.register_dataclass(
+    Call, data_fields=["new", "positions", "before", "after", "queries"], meta_fields=["due"]
+)
 
 
 @jax.tree_util.register_dataclass
@@ -106,17 +113,23 @@ def opened(layer: Held) -> LayerState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compiled step is specialised to beside shapes: spec, policy without its budget, codec, and which layers
-    evict."""
+    """What a compiled step is specialised to beside shapes: spec, policy without its budget, codec, which layers evict,
+    and the devices, if there are several."""
 
     spec: ModelSpec
     policy: Policy
     codec: Codec
     bounded: tuple[bool, ...]
+    mesh: Mesh | None = None
 
     def overwrites(self, index: int) -> bool:
         """True where decode puts a token into an emptied slot of this layer."""
         return overwrites(self.policy, self.bounded[index])
+
+    @property
+    def own(self) -> "Plan":
+        """The plan as one device has it inside `by_head`."""
+        return replace(self, spec=own_part(self.mesh, self.spec), mesh=None)
 
 
 @jax.tree_util.register_dataclass
@@ -193,12 +206,20 @@ def overwrite(
     position: Int[jax.Array, "batch 1"],
     token: Int[jax.Array, "batch 1"],
     policy: Policy,
+    mesh: Mesh | None = None,
 ) -> Held:
     """The layer with one token per row in an empty slot of each head."""
     spread, fresh = _fresh(policy, layer, position, token)
     if isinstance(layer, PagedState):
         return layer.overwrite(new, spread, fresh)
-    slot = jnp.argmin(layer.positions, axis=-1)
+    slots = layer.streams, layer.positions, layer.memory
+    streams, positions, memory = by_head(mesh, _overwritten, layer.positions, slots, (new, spread, fresh))
+    return replace(layer, streams=streams, positions=positions, memory=memory)
+
+
+def _overwritten(positions: Int[jax.Array, "batch kv_heads slots"], buffers: Any, values: Any) -> Any:
+    """The buffers with these values, one per row and head, where a slot is empty."""
+    slot = jnp.argmin(positions, axis=-1)
     row = jnp.arange(slot.shape[0])[:, None]
     head = jnp.arange(slot.shape[1])[None, :]
 
@@ -206,12 +227,7 @@ def overwrite(
         heads = slice(0, value.shape[1])
         return buffer.at[row, head[:, heads], slot[:, heads]].set(value[:, :, 0])
 
-    return replace(
-        layer,
-        streams={key: write(layer.streams[key], value) for key, value in new.items()},
-        positions=write(layer.positions, spread),
-        memory={key: write(layer.memory[key], value) for key, value in fresh.items()},
-    )
+    return jax.tree.map(write, buffers, values)
 
 
 def observe(
@@ -262,6 +278,12 @@ def read(
     layer: Held, plan: Plan, index: int, given: Given, side: Side, dtype: Any, call: Call
 ) -> Float[jax.Array, "batch kv_heads slots width"]:
     """Keys or values of all slots, as the policy sees them at the end of a call; coded ones in this dtype."""
+    return by_head(plan.mesh, partial(_read, plan.own, index, side, dtype), layer, given, call)
+
+
+def _read(
+    plan: Plan, index: int, side: Side, dtype: Any, layer: Held, given: Given, call: Call
+) -> Float[jax.Array, "batch kv_heads slots width"]:
     codec, spec = plan.codec, plan.spec.layers[index]
     exact = exact_of(jnp, codec, layer.tables, layer.positions, call) if codec.recent else None
     x = widened(shown(codec, jnp, spec, layer.streams, side, dtype, layer.tables, exact))
@@ -277,12 +299,17 @@ def recoded_layer(
     size that suits the slots.
     """
 
+    rows = most_rows(plan.codec, layer.slots, plan.bounded[index])
+
+    def own(streams: Any, tables: Any, positions: jax.Array, call: Call) -> tuple:
+        streams, tables, wrong = recoded(jnp, plan.codec, streams, tables, positions, call, rows)
+        return streams, tables, wrong[None]
+
     def code(complete: bool) -> tuple[Held, Bool[jax.Array, "kv_heads"]]:
-        rows = most_rows(plan.codec, layer.slots, plan.bounded[index])
-        streams, tables, wrong = recoded(
-            jnp, plan.codec, layer.streams, layer.tables, layer.positions, replace(call, due=complete), rows
+        streams, tables, wrong = by_head(
+            plan.mesh, own, layer.streams, layer.tables, layer.positions, replace(call, due=complete)
         )
-        return layer.put(streams if complete else None, tables=tables), wrong
+        return layer.put(streams if complete else None, tables=tables), wrong.any(axis=0)
 
     if due is None:
         return code(True)

@@ -12,11 +12,12 @@ import numpy as np
 from backends.flax.cache import FlaxCache, State
 from backends.flax.convert import DTYPES, parameter, precision, to_jax, to_numpy, wide, widened
 from backends.flax.decode import advance, decode, single, skeleton
-from backends.flax.decoder import Decoder
+from backends.flax.decoder import Decoder, in_shares
 from backends.flax.gradient import gradients
 from backends.flax.layer import Given, Held, Plan, empty_layer, opened, with_rows_for_groups
 from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
+from backends.flax.sharding import HEADS, check_cache, parameter_sharding, placed, read_mesh, replicated, size
 from framework.arrays import FAR
 from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
 from framework.codec import Codec
@@ -37,14 +38,31 @@ from framework.tokenizer import Tokenizer
 class FlaxModel(Model):
     """A decoder in Flax, run by compiled functions over fixed-size buffers."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], dtype: str, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        dtype: str,
+        tokenizer: Tokenizer,
+        mesh: Any = None,
+    ):
         self.spec, self.dtype, self.tokenizer = spec, dtype, tokenizer
-        self.kind = DTYPES[dtype]
+        self.kind, self.mesh = DTYPES[dtype], read_mesh(mesh, spec)
+        shares = 1 if self.mesh is None else size(self.mesh, HEADS)
         with precision(dtype):
             # One tensor at a time is in two places.
-            self.decoder = Decoder({key: parameter(x, self.kind) for key, x in fused(spec, weights)}, spec)
+            self.decoder = Decoder(
+                {
+                    key: parameter(
+                        in_shares(key, x, shares), self.kind, parameter_sharding(self.mesh, key, x.shape)
+                    )
+                    for key, x in fused(spec, weights)
+                },
+                spec,
+                shares,
+            )
             self.skeleton, self.leaves = skeleton(self.decoder)
-        self.tables = Tables(self.kind)
+        self.tables = Tables(self.kind, self.mesh)
 
     def cache(
         self,
@@ -57,6 +75,7 @@ class FlaxModel(Model):
         check_sizes(batch, capacity, length)
         made, each = read_policy(policy, self.spec, batch)
         coding = read_codec(codec, made, self.spec)
+        check_cache(self.mesh, batch, coding, self.spec)
         with precision(self.dtype):
             state = State(
                 layers=[empty_layer(layer, made, coding, batch, 0, self.kind) for layer in self.spec.layers],
@@ -70,9 +89,10 @@ class FlaxModel(Model):
             constants = {
                 key: to_jax(value, wide(self.kind)) for key, value in made.constants(self.spec).items()
             }
+            state, constants = placed(self.mesh, state), replicated(self.mesh, constants)
         return FlaxCache(
             self.spec, made, coding, self.dtype, each, state, np.zeros(batch, np.int32),
-            np.full(batch, FAR, np.int32), capacity, length, constants=constants,
+            np.full(batch, FAR, np.int32), capacity, length, constants=constants, mesh=self.mesh,
         )  # fmt: skip
 
     def run(
@@ -193,6 +213,7 @@ class FlaxModel(Model):
             Window(reposition=cache.policy.repositions),
             cache.codec,
             (False,) * len(self.spec.layers),
+            self.mesh,
         )
         given = replace(self.given(cache, int(after.max())), constants={})
         layers = [
@@ -254,7 +275,7 @@ class FlaxModel(Model):
                 layer = with_rows_for_groups(layer, cache.codec, bounded)
             layers.append(layer)
         if any(new is not old for new, old in zip(layers, cache.state.layers, strict=True)):
-            state = replace(cache.state, layers=layers)
+            state = placed(self.mesh, replace(cache.state, layers=layers))
             cache.consume()
             cache = replace(cache, state=state, consumed=False)
         return cache

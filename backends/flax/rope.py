@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from backends.flax.convert import to_jax, wide, widened
+from backends.flax.sharding import replicated
 from framework.rope import angles, reach
 from framework.spec import ModelSpec, Rope
 
@@ -23,6 +25,7 @@ class Tables:
     """
 
     dtype: Any
+    mesh: Mesh | None = None
     tables: dict[tuple[Rope, int | None], Table] = field(default_factory=dict)
 
     def of(self, spec: ModelSpec, length: int | None, positions: int) -> dict[Rope, Table]:
@@ -42,6 +45,7 @@ class Tables:
             held = tuple(
                 to_jax(x, wide(self.dtype)) for x in angles(rope, np.arange(size), length, beyond=True)
             )
+            held = replicated(self.mesh, held)
             self.tables[rope, length] = held
         return held
 
