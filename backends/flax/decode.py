@@ -236,6 +236,14 @@ def _rest(
     return x
 
 
+def newest(
+    x: Float[jax.Array, "batch tokens dim"], real: Bool[jax.Array, "batch tokens"]
+) -> Float[jax.Array, "batch 1 dim"]:
+    """What belongs to the last token of each row."""
+    last = jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)
+
+
 def _places(state: State, real: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Positions [batch tokens] of the next tokens, -1 where they are not real, and what the rows have then seen."""
     positions = jnp.where(real, state.seen[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, EMPTY)
@@ -342,6 +350,9 @@ def advance(
         )
         if measure:
             statistics.append(measured(plan.policy, view))
+        if index == len(plan.spec.layers) - 1 and logits != "all" and tap is no_tap:
+            # Nobody asks for the others.
+            x, y, real = newest(x, real), newest(y, real), real.any(axis=1, keepdims=True)
         x = _rest(block, plan, index, x, y, tap)
         if due and plan.bounded[index]:
             choice = None if forced is None else jnp.asarray(forced[len(taken)])
@@ -363,9 +374,7 @@ def advance(
     if logits is None:
         return None, result, decisions, statistics
     if logits == "last":
-        last = jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        real = real.any(axis=1, keepdims=True)
+        x, real = newest(x, real), real.any(axis=1, keepdims=True)
     out = _logits(decoder, plan, x, tap)
     return jnp.where(real[..., None], out, 0), result, decisions, statistics
 

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from backends.torch.cache import TorchCache
 from backends.torch.convert import DTYPES, to_numpy, to_torch, widened
@@ -252,6 +252,12 @@ class TorchModel(Model):
                 held = cache.layers[index]
                 unfit[-1] = unfit[-1] | held.recode(replace(call, queries=held.queries, due=complete))
             del call
+            if index == len(cache.layers) - 1 and logits != "all" and tap is no_tap:
+                x, y, real = (
+                    newest(x, real),
+                    newest(y, real),
+                    real.any(1, keepdim=True),
+                )  # nobody asks for the others
             x = self._rest(block, index, x, y, tap)
         if not single:
             cache.settle()
@@ -462,10 +468,7 @@ class TorchModel(Model):
         if which is None:
             return None
         if which == "last":
-            columns = torch.arange(real.shape[1], device=x.device)
-            last = torch.where(real, columns, 0).amax(1)
-            x = x[torch.arange(len(x), device=x.device), last][:, None]
-            real = real.any(1, keepdim=True)
+            x, real = newest(x, real), real.any(1, keepdim=True)
         x = self.decoder.norm(x)
         tap("norm", x)
         out = self.decoder.head(x)
@@ -518,6 +521,15 @@ class TorchModel(Model):
         cache.bind()
         cache.settle()
         return cache
+
+
+def newest(
+    x: Float[torch.Tensor, "batch tokens dim"], real: Bool[torch.Tensor, "batch tokens"]
+) -> Float[torch.Tensor, "batch 1 dim"]:
+    """What belongs to the last token of each row."""
+    columns = torch.arange(real.shape[1], device=x.device)
+    last = torch.where(real, columns, 0).amax(1)
+    return x[torch.arange(len(x), device=x.device), last][:, None]
 
 
 def _decision(
