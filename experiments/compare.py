@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from framework.backend import Decision, Model
+from framework.backend import Model
+from framework.cache import Decision
 from framework.checkpoint import BUNDLED, Checkpoint, open_checkpoint
 from framework.compare import (
     JUDGE,

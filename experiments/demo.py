@@ -17,7 +17,8 @@ import numpy as np
 import typer
 
 from experiments.record import Row, folder, versions, write
-from framework.backend import Bytes, Decision, Model
+from framework.backend import Model
+from framework.cache import Bytes, Decision
 from framework.compare import TOLERANCE, drift, token_agreement
 from framework.models import recall_form
 from framework.policy import policies

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from experiments.compare import Trace, run
-from framework.backend import Decision, Model, read_tokens
+from framework.backend import Model, read_tokens
+from framework.cache import Decision
 from framework.compare import TOLERANCE, KeptAgreement, kept_agreement
 from framework.errors import KvtwinError
 

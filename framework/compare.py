@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from framework.backend import Decision
+from framework.cache import Decision
 from framework.errors import KvtwinError
 
 # Relative to max|expected|, element by element; for kept sets the score gap relative to max|score|.

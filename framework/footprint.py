@@ -18,7 +18,7 @@ POSITION = 4  # bytes of the position of a slot
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one sequence between two calls; `payload`, `scales` and `positions` as in `framework.backend.Bytes`.
+    """Bytes of one sequence between two calls; `payload`, `scales` and `positions` as in `framework.cache.Bytes`.
 
     `slots`: kept tokens per layer, summed over its kv heads. What a policy remembers, and room that is allocated and
     empty, are not in it.

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework.arrays import FAR
-from framework.backend import Bytes, Cache, Model
+from framework.backend import Model
+from framework.cache import Bytes, Cache
 from framework.codec import Codec
 from framework.decode import Sampling
 from framework.errors import KvtwinError

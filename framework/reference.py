@@ -15,7 +15,8 @@ import numpy as np
 
 from framework.arrays import FAR
 from framework.backend import Backend as Contract
-from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
+from framework.backend import Model, check_sizes, read_codec, read_policy
+from framework.cache import Decision
 from framework.codec import Codec
 from framework.codecs.full import Full
 from framework.coding import layout

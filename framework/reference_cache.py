@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from framework.backend import Bytes, Cache
+from framework.cache import Bytes, Cache
 from framework.codec import Codec, Side, codecs
 from framework.coding import SIDES, payload
 from framework.eviction import merged

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Cache, Decision, Model
+from framework.backend import Model
+from framework.cache import Cache, Decision
 from framework.compare import TOLERANCE, drift
 from framework.policy import Policy
 from tests.twins import column, hybrid, prompts, snapshot_drift

@@ -6,7 +6,8 @@ import functools
 import numpy as np
 
 from backends import backends
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import drift
 from framework.snapshot import Snapshot
 from framework.spec import Layer, ModelSpec, Rope

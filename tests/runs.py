@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from backends import backends
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.codec import Codec
 from framework.codecs.centred import Centred
 from framework.codecs.int8 import Int8

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from backends import backends
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.spec import Layer, ModelSpec, Rope

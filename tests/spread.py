@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from backends import backends
-from framework.backend import Cache, Decision, Model
+from framework.backend import Model
+from framework.cache import Cache, Decision
 from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.policy import policies

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import drift
 from framework.decode import Sampling
 from framework.errors import KvtwinError

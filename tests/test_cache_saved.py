@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from framework import snapshot as snapshots
-from framework.backend import Cache
+from framework.cache import Cache
 from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.snapshot import Snapshot

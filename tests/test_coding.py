@@ -14,7 +14,8 @@ import torch
 import backends.flax.attention
 import backends.torch.attention
 from backends import backends as every_backend_there_is
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.codec import Codec, codecs
 from framework.codecs.kvquant import Kvquant
 from framework.codecs.unbias import Unbias

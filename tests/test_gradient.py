@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import backends.flax.model as flax_model
 from backends import backends
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.errors import KvtwinError
 from framework.policy import Block, Needs, Policy, View
 from framework.reference import ReferenceModel

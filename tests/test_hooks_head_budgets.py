@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Decision
+from framework.cache import Decision
 from framework.errors import KvtwinError
 from framework.policy import Needs, Policy, View
 from framework.spec import ModelSpec

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Cache
+from framework.cache import Cache
 from framework.compare import drift
 from framework.decode import Sampling
 from framework.policy import BLOCK, Block, Needs, Policy, View

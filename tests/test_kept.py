@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from framework.backend import Decision, Model
+from framework.backend import Model
+from framework.cache import Decision
 from framework.compare import SWAPS, TOLERANCE, drift, kept_agreement
 from framework.errors import KvtwinError
 from framework.policy import Needs, Policy, View, policies

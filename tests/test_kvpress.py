@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from backends import backends
-from framework.backend import Decision, Model
+from framework.backend import Model
+from framework.cache import Decision
 from tests.kvpress.models import CASES, CONFIGS, QUESTION, model, print_of, text
 
 RECORDED = Path(__file__).parent / "kvpress" / "recorded.npz"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Cache, Decision
+from framework.cache import Cache, Decision
 from framework.compare import TOLERANCE, drift
 from framework.errors import KvtwinError
 from framework.snapshot import LayerSnapshot

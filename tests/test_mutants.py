@@ -26,7 +26,8 @@ from backends.torch.cache import TorchCache
 from backends.torch.layer import LayerCache
 from experiments.compare import Trace, free_run, run, same_sets
 from framework import eviction as rule
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import SWAPS, TOLERANCE, drift, kept_agreement, tap_drifts, token_agreement
 from framework.errors import KvtwinError
 from framework.snapshot import Snapshot

@@ -15,7 +15,8 @@ from backends.flax.pages import PagedState
 from backends.torch.attention import paged_attention as torch_attention
 from backends.torch.pages import PagedLayer
 from experiments.compare import free_run, run, same_sets
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import TOLERANCE, drift, token_agreement
 from framework.decode import Sampling
 from framework.errors import KvtwinError

@@ -10,7 +10,7 @@ import pytest
 from experiments.check_case import Case
 from experiments.check_outcome import libraries, moved, moved_block
 from experiments.compare import free_run, run, same_sets
-from framework.backend import Cache
+from framework.cache import Cache
 from framework.errors import KvtwinError
 from framework.generate import prefill
 from framework.policies.kvzip import LEAD, PART, WHOLE, KVzip

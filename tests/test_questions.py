@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from backends import backends
 from experiments import run as commands
 from framework.arrays import FAR
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.errors import KvtwinError
 from framework.generate import prefill
 from framework.policy import Policy, View

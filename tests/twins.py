@@ -10,7 +10,8 @@ import jaxtyping
 import numpy as np
 
 from backends import backends
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import drift
 from framework.spec import Layer, ModelSpec, Rope
 from framework.weights import Weights, random_weights

@@ -13,7 +13,7 @@ from backends.flax.convert import precision, to_jax, to_numpy
 from backends.flax.layer import Held, Plan, opened, packed, without
 from backends.flax.pages import PagedState, closed
 from backends.flax.sharding import check_cache, placed
-from framework.backend import Bytes, Cache
+from framework.cache import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.coding import payload
 from framework.eviction import overwrites

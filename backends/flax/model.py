@@ -19,7 +19,8 @@ from backends.flax.pages import PagedState
 from backends.flax.rope import Tables
 from backends.flax.sharding import HEADS, check_cache, parameter_sharding, placed, read_mesh, replicated, size
 from framework.arrays import FAR
-from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
+from framework.backend import Model, check_sizes, read_codec, read_policy
+from framework.cache import Decision
 from framework.codec import Codec
 from framework.coding import refused
 from framework.errors import KvtwinError

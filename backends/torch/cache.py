@@ -12,7 +12,7 @@ from backends.torch.convert import to_numpy
 from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.share import Share
-from framework.backend import Bytes, Cache
+from framework.cache import Bytes, Cache
 from framework.codec import Codec, codecs
 from framework.coding import payload
 from framework.eviction import UNLIMITED, overwrites

@@ -22,7 +22,8 @@ from backends.torch.pages import PagedLayer, closed, opened
 from backends.torch.rope import Tables, next_positions, turned
 from backends.torch.share import ALONE, check_shared, cut, embedded, part_of, share_of
 from framework.arrays import FAR
-from framework.backend import Decision, Model, check_sizes, read_codec, read_policy
+from framework.backend import Model, check_sizes, read_codec, read_policy
+from framework.cache import Decision
 from framework.codec import Codec, Side
 from framework.coding import SIDES, refused, stored, uncoded
 from framework.errors import KvtwinError

@@ -15,7 +15,8 @@ from backends import backends
 from experiments.bench_case import FLOAT, FULL, Case
 from experiments.engines.protocol import Block, Program, serve
 from experiments.engines.settling import settle_jax, settle_torch
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.decode import Sampling
 from framework.eviction import resolved
 from framework.generate import prefill

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Cache, Model
+from framework.backend import Model
+from framework.cache import Cache
 from framework.compare import drift
 from tests.sharded import CASES, SLOW, SPEC, STEPPED, Case, built, in_its_own_process, listened, lives, run
 from tests.twins import unchecked

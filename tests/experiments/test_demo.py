@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from backends import backends
 from experiments import demo, record, report, run
-from framework.backend import Decision
+from framework.cache import Decision
 from framework.checkpoint import open_checkpoint
 from framework.errors import KvtwinError
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.backend import Decision
+from framework.cache import Decision
 from framework.compare import (
     as_record,
     distributions,
