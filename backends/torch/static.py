@@ -22,6 +22,7 @@ from backends.torch.layer import LayerCache
 from backends.torch.pages import PagedLayer
 from backends.torch.recorded import Recorded
 from backends.torch.rope import next_positions
+from backends.torch.share import ALONE
 from framework.decode import Sampling, choose
 from framework.errors import KvtwinError
 from framework.policy import View, name
@@ -38,9 +39,14 @@ ALIGNED = 16  # fused attention on CUDA copies a mask whose rows have another le
 
 
 def qualifies(model: "TorchModel", cache: TorchCache, steps: int) -> bool:
-    """Whether so many steps can be taken on buffers that stay: every layer is one tensor per stream and stores what
-    the model makes, evictions come at each step or never, and no row can reach the end of what it may hold."""
+    """Whether so many steps can be taken on buffers that stay.
+
+    One process has all heads, every layer is one tensor per stream and stores what the model makes, evictions come at
+    each step or never, and no row can reach the end of what it may hold.
+    """
     layers, most = cache.layers, int(cache.row_seen.max()) + steps
+    if model.share is not ALONE:
+        return False
     if not cache.codec.exact or cache.pending or cache.policy.interval != 1 or cache.policy.repositions:
         return False
     if any(isinstance(layer, PagedLayer) for layer in layers) or any(cache.layouts):
@@ -247,8 +253,9 @@ class Step:
             held = cache.layers[index]
             assert isinstance(held, StaticLayer)
             y, view, _ = model._attend(
-                block, index, x, tokens, positions, turns, self.seen, rows, cache, True, "decode"
-            )
+                block, index, x, tokens, positions, turns, self.seen, rows, cache, True, "decode",
+                asked=held.limit is not None,
+            )  # fmt: skip
             if held.limit is not None:
                 evicted.append((index, *self._evicted(held, view, real[:, 0])))
             held.settle()
