@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -107,18 +107,27 @@ def _some(items: list[str]) -> str:
 
 
 class Stored(Mapping[str, np.ndarray]):
-    """Weights in files that stay open: an array is read when it is asked for, and not held here.
+    """Weights in files: an array is read when it is asked for, and not held here.
 
-    `shapes` says their shapes without reading.
+    `shapes` says their shapes without reading. A file is open only meanwhile: what is mapped of one that stays open
+    counts as memory of the process.
     """
 
     def __init__(
-        self, files: Mapping[str, Any], foreign: Mapping[str, str], shapes: dict[str, tuple[int, ...]]
+        self, paths: Mapping[str, Path], foreign: Mapping[str, str], shapes: dict[str, tuple[int, ...]]
     ):
-        self.files, self.foreign, self.shapes = files, foreign, shapes
+        self.paths, self.foreign, self.shapes = paths, foreign, shapes
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        return self.files[name].get_tensor(self.foreign[name])
+        path = self.paths[name]
+        with _intact(path), safe_open(path, framework="numpy") as file:
+            found = file.get_tensor(self.foreign[name])
+        if found.shape != self.shapes[name]:
+            raise KvtwinError(
+                f"{self.foreign[name]} in {path} has now the shape {found.shape}; expected {self.shapes[name]}, "
+                "as when the file was opened: load again when it is whole"
+            )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -140,17 +149,17 @@ def read(folder: str | os.PathLike, spec: ModelSpec, family: Family) -> Stored:
     if spec.tied:
         canonical[family.head] = "head.weight"
     files = _opened(folder)
-    where = {foreign: file for file in files for foreign in file.keys() if not family.ignored(foreign)}
+    where = {each: path for path, file in files.items() for each in file.keys() if not family.ignored(each)}
     found = {
-        canonical.get(foreign, foreign): tuple(file.get_slice(foreign).get_shape())
-        for foreign, file in where.items()
+        canonical.get(foreign, foreign): tuple(files[path].get_slice(foreign).get_shape())
+        for foreign, path in where.items()
     }
     expected = shapes(replace(spec, tied=False)) if spec.tied and "head.weight" in found else shapes(spec)
     _check_shapes(expected, found, names)
-    _check_dtypes(where)
-    held = {canonical[foreign]: file for foreign, file in where.items()}
+    _check_dtypes({foreign: files[path] for foreign, path in where.items()})
+    held = {canonical[foreign]: path for foreign, path in where.items()}
     if spec.tied and "head.weight" in held:
-        _check_tied_head(held, names, folder, family)
+        _check_tied_head({name: files[path] for name, path in held.items()}, names, folder, family)
     return Stored(held, names, shapes(spec))
 
 
@@ -172,22 +181,27 @@ def _check_tied_head(held: Mapping[str, Any], names: Mapping[str, str], folder: 
         )
 
 
-def _opened(folder: Path) -> list[Any]:
-    """The safetensors files of a folder, mapped; errors of the format become KvtwinError with the file's path."""
-    paths = _files(folder)
-    path = paths[0]
-    files = []
+def _opened(folder: Path) -> dict[Path, Any]:
+    """The safetensors files of a folder, mapped."""
+    files = {}
+    for path in _files(folder):
+        with _intact(path):
+            files[path] = safe_open(path, framework="numpy")
+    _check_index(folder, files)
+    return files
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Errors of the format and of the system become KvtwinError with the file's path."""
     try:
-        for path in paths:
-            files.append(safe_open(path, framework="numpy"))
-        _check_index(folder, paths, files)
+        yield
     except SafetensorError as error:
         raise KvtwinError(
             f"{path} is not a whole safetensors file: {error}\nexpected an intact file: copy or download it again"
         ) from None
     except OSError as error:
         raise KvtwinError(f"{path} cannot be read: {error}") from None
-    return files
 
 
 def _files(folder: Path) -> list[Path]:
@@ -216,11 +230,11 @@ def _index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _check_index(folder: Path, paths: Iterable[Path], files: Iterable[Any]) -> None:
+def _check_index(folder: Path, files: Mapping[Path, Any]) -> None:
     """Raises where the index puts a tensor into a file that does not hold it."""
     if (folder / SINGLE).exists():
         return
-    held = {path.name: set(file.keys()) for path, file in zip(paths, files, strict=True)}
+    held = {path.name: set(file.keys()) for path, file in files.items()}
     wrong = [f"{tensor} in {name}" for tensor, name in _index(folder).items() if tensor not in held[name]]
     if wrong:
         raise KvtwinError(f"{folder / INDEX} names tensors that their files do not hold: {_some(wrong)}")

@@ -7,7 +7,7 @@ from experiments.bench_case import FLOAT, Case
 from experiments.engines.protocol import Block, Program, serve
 
 MODULES = "framework.backend, framework.codec, framework.generate, framework.policy, framework.weights"
-CODE = f"import sys, {MODULES}; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+CODE = f"import sys, {MODULES}; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
 
 
 class Imports(Program):

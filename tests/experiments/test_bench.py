@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from experiments.bench_result import Result, Spread, results
 from experiments.bench_row import Row, append, fitting, newest, read
 from experiments.bench_run import Bench
 from experiments.bench_worker import Workers
+from experiments.engines import imports
 from experiments.engines.huggingface import HuggingFace
+from experiments.engines.imports import Imports
 from experiments.engines.kvtwin import Kvtwin
 from framework.checkpoint import BUNDLED
 from framework.errors import KvtwinError
@@ -564,6 +567,14 @@ def test_a_block_of_hugging_face_goes_on_from_the_same_cache(kind):
     assert [int(block.work(block.fresh()).get_seq_length()) for _ in range(2)] == [13, 13]
     with pytest.raises(ValueError, match=r"transformers knows neither window\(budget=8\) nor full\(\)"):
         program.prepare(replace(CASE, policy="window(budget=8)"))
+
+
+def test_importing_the_framework_brings_neither_torch_nor_jax(monkeypatch):
+    case = Case("import", bench_case.NONE)
+    assert Imports().prepare(case).seconds() > 0
+    monkeypatch.setattr(imports, "CODE", imports.CODE.replace("import sys, ", "import sys, torch, "))
+    with pytest.raises(subprocess.CalledProcessError):
+        Imports().prepare(case).seconds()
 
 
 # The command

@@ -320,3 +320,32 @@ def test_what_is_stored_is_read_when_asked_for_and_not_held(
     np.testing.assert_array_equal(stored[name], weights[name])
     assert list(stored) == list(shapes(spec))
     assert stored.shapes == {key: value.shape for key, value in weights.items()}
+
+
+def test_a_file_is_mapped_only_while_it_is_read(untied: tuple[ModelSpec, Weights], tmp_path: Path) -> None:
+    spec, weights = untied
+    write(tmp_path / "a", spec, weights)
+    held = _read(tmp_path / "a", spec)
+    np.testing.assert_array_equal(held["head.weight"], weights["head.weight"])
+    maps = Path("/proc/self/maps")
+    assert str(tmp_path) not in (maps.read_text() if maps.exists() else "")
+
+
+def test_a_file_that_is_replaced_meanwhile_is_refused(
+    untied: tuple[ModelSpec, Weights], tmp_path: Path
+) -> None:
+    spec, weights = untied
+    other = replace(spec, vocab=spec.vocab + 3)
+    write(tmp_path / "a", spec, weights)
+    write(tmp_path / "b", other, random_weights(other, 6, np.float32))
+    held = _read(tmp_path / "a", spec)
+    (tmp_path / "b" / SINGLE).replace(tmp_path / "a" / SINGLE)
+    shape = rf"has now the shape \({spec.vocab + 3}, {spec.dim}\); expected \({spec.vocab}, {spec.dim}\)"
+    with pytest.raises(KvtwinError, match=shape):
+        held["embed.weight"]
+    (tmp_path / "a" / SINGLE).write_bytes(b"cut off")
+    with pytest.raises(KvtwinError, match="is not a whole safetensors file"):
+        held["embed.weight"]
+    (tmp_path / "a" / SINGLE).unlink()
+    with pytest.raises(KvtwinError, match="cannot be read"):
+        held["embed.weight"]
