@@ -1,0 +1,69 @@
+"""What a cache holds of each row once the context is compressed, beside what it was to hold."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.question import Held
+from framework.backend import Model
+from framework.cache import Cache
+from framework.codec import codecs
+from framework.footprint import footprint
+from framework.policy import policies
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def held_by(model: Model, cache: Cache, contexts: Sequence[int]) -> list[Held]:
+    """One entry per row, whose context has so many tokens; to be asked right after the eviction at its end."""
+    counts = np.stack(
+        [(positions >= 0).sum(-1) for positions in cache.kept], axis=1
+    )  # [batch layers kv_heads]
+    size, slots = cache.bytes, max(int(counts.sum()), 1)
+    payload = [int((size.payload + size.scales) * one.sum() / slots) for one in counts]
+    allocated = size.capacity // cache.batch
+    return [
+        _held(model, cache, row, int(tokens), counts[row], payload[row], allocated)
+        for row, tokens in enumerate(contexts)
+    ]
+
+
+def _held(
+    model: Model, cache: Cache, row: int, tokens: int, counts: np.ndarray, payload: int, allocated: int
+) -> Held:
+    spec = model.spec
+    full = footprint(spec, policies.make("full()"), codecs.make("full()"), tokens, ITEMSIZE[model.dtype])
+    uncompressed = footprint(spec, policies.make("full()"), cache.codec, tokens, ITEMSIZE[model.dtype])
+    whole = np.array([layer.kv_heads * tokens for layer in spec.layers])
+    due, flags = _due(cache, row, tokens), []
+    evicted = bool((counts.sum(-1) < whole).any())
+    if cache.policy.evicts and not evicted:
+        flags.append("never_fired")
+    if cache.policy.evicts and (counts.sum(-1) != due.sum(-1)).any():
+        flags.append("missed_budget")
+    if evicted and allocated >= uncompressed.kv:
+        flags.append("masked")
+    asked = [heads[row].mean() for heads in cache.budgets if heads is not None]
+    return Held(
+        context=tokens,
+        requested=float(np.mean(asked)) if asked else None,
+        kept_min=int(counts.min()),
+        kept_max=int(counts.max()),
+        kept=float(counts.mean()),
+        payload=payload,
+        allocated=allocated,
+        full=int(full.kv),
+        flags=tuple(flags),
+    )
+
+
+def _due(cache: Cache, row: int, tokens: int) -> np.ndarray:
+    """Tokens that the heads of each layer should hold [layers, kv_heads]; what matters is the sum of a layer, since a
+    policy may divide it among the heads."""
+    found = []
+    for index, layer in enumerate(cache.spec.layers):
+        budget = cache.budgets[index]
+        heads = np.full(layer.kv_heads, tokens) if budget is None else np.minimum(budget[row], tokens)
+        bound = tokens if layer.window is None else layer.window - 1
+        found.append(np.minimum(heads, bound))
+    return np.stack(found)

@@ -1,0 +1,23 @@
+"""Copying: random words of letters, of which the beginning is given again; the rest is to come in the same order."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.recall import Case, Recall, Turn
+from experiments.words import letters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Recall):
+    """`words` words of `width` letters are asked for, behind `given` that begin a random place of the context."""
+
+    words: int = 4
+    given: int = 2
+    width: int = 4
+
+    def case(self, random: np.random.Generator, size: int) -> Case:
+        every = letters(random, self.given + self.words + size, self.width)
+        begin = int(random.integers(size + 1))
+        cue, wanted = every[begin:][: self.given], every[begin + self.given :][: self.words]
+        return Case(" ".join(every), (Turn("\n" + " ".join(cue), tuple(wanted)),))

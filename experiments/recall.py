@@ -1,0 +1,162 @@
+"""Questions that ask for something of a context: the context is compressed, then it is asked for, and scored by RULER's
+rule: the share of the answers that occur in what the model writes.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from experiments.held import held_by
+from experiments.question import Answer, Measure, Question, Setting
+from framework.backend import Model
+from framework.cache import Cache
+from framework.decode import Sampling
+from framework.errors import KvtwinError
+from framework.generate import prefill
+from framework.tokenizer import Tokenizer
+
+ROOM = 8  # the tokens to write are counted in steps of so many
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is asked, up to where the answer begins, and what must all come in the answer, in the order asked for."""
+
+    text: str
+    answers: tuple[str, ...]
+    joint: str = " "
+
+    @property
+    def wanted(self) -> str:
+        """The answer as a model that knows it would write it."""
+        return " " + self.joint.join(self.answers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One context and the turns that follow it, in one conversation."""
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall(Question):
+    """A context of `length` tokens with all that follows it. `aware`: the policy sees the first question before it
+    compresses the context. `room`: tokens to write at each turn (None: those of the longest answer, and a few more).
+    """
+
+    measures = (Measure("score", "higher", "share of answers"),)
+
+    length: int = 512
+    aware: bool = False
+    room: int | None = None
+
+    @abstractmethod
+    def case(self, random: np.random.Generator, size: int) -> Case:
+        """A case with `size` units of filler, from 0 on; the same `random` gives the same one."""
+
+    def marks(self, scores: Sequence[float]) -> dict[str, float]:
+        """The measures, from the scores of the turns."""
+        return {"score": float(np.mean(scores))}
+
+    def draw(self, tokenizer: Tokenizer, seed: int) -> Case:
+        """The case with as much filler as fits into `length` tokens."""
+        name = crc32(type(self).__module__.encode())
+
+        def drawn(size: int) -> Case:
+            return self.case(np.random.default_rng([seed, name]), size)
+
+        return fitted(drawn, lambda case: tokens_of(tokenizer, case), self.length)
+
+    def ask(self, setting: Setting, seeds: Sequence[int]) -> list[Answer]:
+        """Read the contexts as one batch, compress, then ask turn by turn on the same cache."""
+        model, tokenizer = setting.model, setting.model.tokenizer
+        cases = [self.draw(tokenizer, seed) for seed in seeds]
+        contexts = [tokenizer.encode(case.context) for case in cases]
+        turns = list(zip(*(case.turns for case in cases), strict=True))
+        room = self.room or _room(tokenizer, [turn for each in turns for turn in each])
+        asked = [[tokenizer.encode(turn.text, opening=False) for turn in each] for each in turns]
+        following = sum(max(map(len, each)) + room for each in asked)
+
+        def begin(questions: list[list[int]] | None) -> tuple[Cache, np.ndarray]:
+            return prefill(
+                model,
+                contexts,
+                None,
+                setting.policy,
+                setting.codec,
+                following,
+                None,
+                "prompt",
+                questions=questions,
+            )
+
+        cache, logits = begin(asked[0] if self.aware else None)
+        lengths = [
+            len(row) + (len(first) if self.aware else 0)
+            for row, first in zip(contexts, asked[0], strict=True)
+        ]
+        held = held_by(model, cache, lengths)
+        said = []
+        for number, questions in enumerate(asked):
+            if number or not self.aware:
+                cache, logits = prefill(
+                    model, questions, cache, setting.policy, setting.codec, following, None, "prompt"
+                )
+            new, cache = written(model, cache, logits, room)
+            said.append([tokenizer.decode(row) for row in new])
+        return [
+            Answer(
+                seed,
+                self.marks([found(turn, one[row]) for turn, one in zip(case.turns, said, strict=True)]),
+                held[row],
+                "\n".join(one[row] for one in said),
+                "\n".join(turn.wanted for turn in case.turns),
+            )
+            for row, (seed, case) in enumerate(zip(seeds, cases, strict=True))
+        ]
+
+
+def found(turn: Turn, said: str) -> float:
+    """The share of the answers that occur in what was said, in any case of letters: RULER's `string_match_all`."""
+    return float(np.mean([answer.lower() in said.lower() for answer in turn.answers]))
+
+
+def fitted(drawn: Callable[[int], Case], tokens: Callable[[Case], int], length: int) -> Case:
+    """The largest case of at most `length` tokens; raises where even one without filler has more."""
+    least = drawn(0)
+    if tokens(least) > length:
+        raise KvtwinError(
+            f"a case without filler has {tokens(least)} tokens; expected at most length={length}, so give a longer one"
+        )
+    low, high = 0, 1
+    while tokens(drawn(high)) <= length:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if tokens(drawn(middle)) <= length else (low, middle)
+    return drawn(low)
+
+
+def tokens_of(tokenizer: Tokenizer, case: Case) -> int:
+    """Tokens of the context, of the turns and of their answers."""
+    following = [part for turn in case.turns for part in (turn.text, turn.wanted)]
+    return len(tokenizer.encode(case.context)) + sum(
+        len(tokenizer.encode(part, opening=False)) for part in following
+    )
+
+
+def written(model: Model, cache: Cache, logits: np.ndarray, room: int) -> tuple[list[list[int]], Cache]:
+    """What the model writes greedily, up to `room` tokens; a stop token ends a row and is left out."""
+    stop = list(model.spec.stop)
+    new, _, cache = model.decode(cache, logits, Sampling(), stop, room)
+    return [[int(token) for token in row if token >= 0 and token not in stop] for row in new], cache
+
+
+def _room(tokenizer: Tokenizer, turns: Sequence[Turn]) -> int:
+    longest = max(len(tokenizer.encode(turn.wanted, opening=False)) for turn in turns)
+    return -(-(longest + 2) // ROOM) * ROOM
