@@ -1,8 +1,8 @@
 """Needles in a haystack: the eight retrieval tasks of RULER (arXiv 2404.06654).
 
-A needle says "One of the special magic numbers for {key} is: {value}." The haystack is `noise` (the same sentences again
-and again), `text` (held-out source text, in place of RULER's essays), or `needles` (others, with keys that are not asked
-for). RULER's names are these settings:
+A needle says "One of the special magic numbers for {key} is: {value}." The haystack is `noise` (the same sentences
+again and again), `text` (held-out source text, in place of RULER's essays), or `needles` (others, with keys that are
+not asked for). RULER's names are these settings:
 
     single_1     niah()
     single_2     niah(haystack='text')
