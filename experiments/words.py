@@ -23,8 +23,9 @@ NOUNS = (
     "creek dagger daisy desert drum eagle ember falcon feather fern field flame flute forest fountain fox garden gate "
     "glacier grove hammer harbor hazel heron hill island ivy jacket kettle ladder lantern lemon lily lion maple "
     "marble meadow mirror moon mountain needle oak ocean orchard otter owl paddle pebble pepper pine planet pocket "
-    "pond rabbit raven river robin rocket rose saddle salmon shell ship sparrow spoon spring star stone storm stream table temple "
-    "thistle thunder tiger tower trumpet tulip tunnel valley violin wagon walnut whale willow window winter wolf"
+    "pond rabbit raven river robin rocket rose saddle salmon shell ship sparrow spoon spring star stone storm stream "
+    "table temple thistle thunder tiger tower trumpet tulip tunnel valley violin wagon walnut whale willow "
+    "window winter wolf"
 ).split()
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
