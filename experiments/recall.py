@@ -105,9 +105,9 @@ class Recall(Question):
         said = []
         for number, questions in enumerate(asked):
             if number or not self.aware:
-                cache, logits = prefill(
-                    model, questions, cache, setting.policy, setting.codec, following, None, "prompt"
-                )
+                cache.expect(following)
+                out, cache = model.step(questions, cache, phase="decode")
+                logits = out[:, 0]
             new, cache = written(model, cache, logits, room)
             said.append([tokenizer.decode(row) for row in new])
         return [
