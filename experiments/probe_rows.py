@@ -89,7 +89,9 @@ def asked(random: np.random.Generator, length: int) -> Recall:
             "vt()" if random.random() < 0.7 else "vt(hops=2)",
         ]
     )
-    return questions.make(f"{spelled[:-1]}{', ' if '=' in spelled else ''}length={length})")
+    question = questions.make(f"{spelled[:-1]}{', ' if '=' in spelled else ''}length={length})")
+    assert isinstance(question, Recall)
+    return question
 
 
 def question_row(random: np.random.Generator, text: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,7 @@ def logits_of(decoder: Decoder, spec: ModelSpec, tokens: jax.Array) -> jax.Array
     places = np.arange(tokens.shape[1])
     x = decoder.embed[...][tokens]
     for module, layer in zip(decoder.layers, spec.layers, strict=True):
+        assert layer.rope is not None
         table = tuple(jnp.asarray(each, jnp.float32) for each in angles(layer.rope, places))
         joined = module.attention.query_key_value(module.attention_norm(x))
         heads = joined.reshape(*tokens.shape, layer.kv_heads, layer.group + 2, layer.head_dim)
@@ -70,6 +71,7 @@ def logits_of(decoder: Decoder, spec: ModelSpec, tokens: jax.Array) -> jax.Array
         )
         x = x + module.attention.output(mixed.reshape(*tokens.shape, -1))
         x = x + module.ffn(module.ffn_norm(x))
+    assert decoder.head is not None
     return decoder.head(decoder.norm(x))
 
 
