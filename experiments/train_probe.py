@@ -43,13 +43,13 @@ from framework.weights import write
 
 MODELS = Path(__file__).resolve().parent.parent / "framework" / "models"
 STAGES = (  # share of the steps, what is drawn
-    (0.35, Mixture(tokens=320, rows=24, text=0.3, repeated=0.25)),
-    (0.40, Mixture(tokens=576, rows=14, text=0.3, repeated=0.1)),
-    (0.25, Mixture(tokens=1120, rows=8, text=0.3, repeated=0.1)),
+    (0.35, Mixture(tokens=320, rows=12, text=0.25, repeated=0.25)),
+    (0.40, Mixture(tokens=576, rows=8, text=0.25, repeated=0.125)),
+    (0.25, Mixture(tokens=1120, rows=5, text=0.2, repeated=0.0)),
 )
 PEAK, WARMUP, DECAY = 2e-3, 100, 0.4  # learning rate, its steps from 0, its last share down to 0
 JUDGED = ("passkey(length=512)", "passkey(length=1024)", "mqar(length=512)", "mqar(length=1024)")
-EVERY, KEEP = 250, 2  # steps between two judgements and checkpoints; checkpoints kept
+EVERY, KEEP = 100, 2  # steps between two judgements and checkpoints; checkpoints kept
 
 State = tuple[Any, Any]
 
@@ -172,7 +172,7 @@ class Judge:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="training steps of about 8,000 bytes")] = 3000,
+    steps: Annotated[int, typer.Option(help="training steps of 4,000 to 5,600 bytes")] = 2000,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 1_000_003,
     out: Annotated[Path, typer.Option(help="folder for config.json and model.safetensors")] = MODELS
     / "probe",
