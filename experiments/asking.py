@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from backends import backends
-from experiments.grid import with_budget
 from experiments.provenance import provenance, version
 from experiments.question import Answer, Held, Question, Setting, questions
 from experiments.result import Cell, Result
 from framework.backend import Model
 from framework.errors import KvtwinError
-from framework.policy import policies
+from framework.policy import Policy, policies
 
 REMEMBERED = 2**30  # bytes of arrays that questions keep for the next cells of a process
 LINES = 3  # of an error, in a result
@@ -107,6 +106,13 @@ class Asker:
         if place not in self.models:
             self.models[place] = backends.get(backend).load(name, dtype=dtype)
         return self.models[place]
+
+
+def with_budget(policy: Policy, budget: float | None) -> Policy:
+    """The policy with a budget as a cell has it."""
+    if budget is None:
+        return policy
+    return replace(policy, budget=int(budget)) if budget >= 1 else replace(policy, fraction=budget)
 
 
 def told(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends import backends
+from experiments.asking import with_budget
 from experiments.question import Question, questions
 from experiments.recall import Recall
 from experiments.result import Cell
@@ -88,13 +89,6 @@ def length(question: Question) -> int:
     """Tokens of its prompts, where it has a field that says so, else 0: equal ones share what is compiled."""
     tokens = getattr(question, "length", 0)
     return tokens if isinstance(tokens, int) else 0
-
-
-def with_budget(policy: Policy, budget: float | None) -> Policy:
-    """The policy with a budget as a cell has it."""
-    if budget is None:
-        return policy
-    return replace(policy, budget=int(budget)) if budget >= 1 else replace(policy, fraction=budget)
 
 
 def _budget(value: float) -> float:

@@ -26,14 +26,14 @@ ASKING = ROOT / "experiments" / "asking.py"
 def version(cell: Cell) -> str:
     """A checksum of what computes a cell: another one means that the result may be another one.
 
-    It covers framework, backends, the question, its policy and codec wherever their files lie, what these and the
-    asking itself import of experiments, and the versions of the libraries. What a file outside kvtwin imports from
-    other files outside is not covered.
+    It covers framework, backends, the question, its policy and codec wherever their files lie, what these import of
+    experiments, how they are asked, and the versions of the libraries. What a file outside kvtwin imports from other
+    files outside is not covered.
     """
     members = [questions.make(cell.question), policies.make(cell.policy), codecs.make(cell.codec)]
     own = {file for member in members for file in _files(member)}
     digest = hashlib.sha256(_machinery().encode())
-    for file in sorted(_with_imports({ASKING, *own}), key=lambda one: (one.name, str(one))):
+    for file in sorted({ASKING} | _with_imports(own), key=lambda one: (one.name, str(one))):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 

@@ -42,11 +42,11 @@ class Cluster(Engine):
                 "leave out --engine ray; --jobs spreads a sweep over the cores of this machine"
             ) from error
         address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": count, "include_dashboard": False}
+        local: dict[str, Any] = {} if address else {"num_cpus": count, "include_dashboard": False}
         self.ray, self.own = ray, not ray.is_initialized()
         if self.own:
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+                ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise KvtwinError(
                     f"no Ray at {address or 'this machine'}: {str(error).strip().splitlines()[0]}\n"

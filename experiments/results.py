@@ -53,6 +53,13 @@ SELECT * FROM (
 """
 ORDER = f" ORDER BY {', '.join(CELL)}, seed, id"  # a budget of NULL comes first
 
+PLACE = "expected a file in a folder that can be written; name another with --out"
+# What to do, by a word in the message of SQLite.
+ADVICE = {
+    "full": "what was measured before is in it; make room, and run the same command again",
+    "locked": "another process holds it; what was measured before is in it: run the same command again later",
+}
+
 
 class Results:
     """A file of results, open for a sweep; made where there is none.
@@ -257,11 +264,8 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise KvtwinError(
-            f"cannot write or read {path}: {error}\n"
-            "what was measured before is in it; make room, or name a place that can be written with --out, and run the "
-            "same command again"
-        ) from error
+        advice = [text for word, text in ADVICE.items() if word in str(error)]
+        raise KvtwinError(f"cannot use {path}: {error}\n{(advice or [PLACE])[0]}") from error
     except sqlite3.DatabaseError as error:
         if type(error) is not sqlite3.DatabaseError:
             raise  # a mistake of ours
@@ -270,7 +274,4 @@ def _told(path: Path) -> Iterator[None]:
             "nothing was changed; `sqlite3 FILE .recover` saves what can be read, and --out names another file"
         ) from error
     except OSError as error:
-        raise KvtwinError(
-            f"cannot write {path}: {error.strerror or error}\n"
-            "expected a file in a folder that can be written; name another with --out"
-        ) from error
+        raise KvtwinError(f"cannot use {path}: {error.strerror or error}\n{PLACE}") from error

@@ -118,20 +118,21 @@ def _measure(wanted: Mapping[Cell, tuple[int, ...]], path: Path, jobs: int, engi
             return
         with (
             _telling(len(left)) as tell,
-            closing(_asked(Turns(left, still), min(jobs, len(left)), engine)) as came,
+            closing(_asked(Turns(left, still), jobs, len(left), engine)) as came,
         ):
             for rows in came:
                 results.add(rows)
                 tell(rows)
 
 
-def _asked(turns: Turns, jobs: int, engine: str) -> Iterator[list[Result]]:
+def _asked(turns: Turns, jobs: int, cells: int, engine: str) -> Iterator[list[Result]]:
     """The results of each cell, as they come."""
+    count = min(jobs, cells)
     if engine == "ray":
-        with closing(Cluster(jobs)) as cluster:
-            yield from answered(cluster, turns, jobs)
-    elif jobs > 1:
-        yield from answered(Processes(jobs), turns, jobs)
+        with closing(Cluster(count)) as cluster:
+            yield from answered(cluster, turns, count)
+    elif jobs > 1:  # also for one cell: it may end its process
+        yield from answered(Processes(count), turns, count)
     else:
         asker, last = Asker(), None
         while job := turns.take(last):

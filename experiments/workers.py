@@ -52,7 +52,8 @@ def answered(engine: Engine, turns: Turns, count: int) -> Iterator[list[Result]]
     busy: dict[Worker, Job] = {}
     fatal: set[Job] = set()
     try:
-        idle += [engine.start() for _ in range(count)]
+        for _ in range(count):
+            idle.append(engine.start())
         while True:
             _give(idle, busy, turns)
             if not busy:

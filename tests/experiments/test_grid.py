@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from backends import backends
-from experiments.grid import Asked, grid, with_budget
+from experiments.asking import with_budget
+from experiments.grid import Asked, grid
 from experiments.result import Cell
 from framework.checkpoint import BUNDLED
 from framework.errors import KvtwinError
@@ -165,7 +166,6 @@ def test_other_weights_are_another_cell(tmp_path: Path) -> None:
             r"(?s)at least 32.*0.05 of the most tokens",
         ),
         ({"policies": ("h2o(budget=0)",)}, "budget 0 in layer 0; expected at least 1"),
-        ({"policies": ("h2o(budget=64.5)",)}, "budget 64.5 in layer 0; expected an integer"),
         (
             {"policies": ("h2o(budget=(8, 8, 8))",)},
             "has 3 budgets; expected one, or one for each of 2 layers",

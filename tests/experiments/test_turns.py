@@ -54,9 +54,11 @@ def test_one_worker_goes_on_with_what_it_has_compiled() -> None:
 
 
 def test_two_workers_do_not_compile_the_same() -> None:
-    """Six kinds: four cells for each policy at length 400, two at length 300."""
+    """Six kinds of four or two cells; only the last one may be shared, so that none waits for the other."""
     one, other = taken(turns(), 2)
-    assert {kin(cell) for cell in one} & {kin(cell) for cell in other} == set()
+    assert abs(len(one) - len(other)) <= 1
+    assert len({kin(cell) for cell in one} & {kin(cell) for cell in other}) <= 1
+    assert changes(one) + changes(other) <= 6 + 1 - 2
 
 
 def test_the_last_kind_is_shared() -> None:
