@@ -156,5 +156,7 @@ def _plain(held: Held) -> Held:
     numbers = {each.name: getattr(held, each.name) for each in fields(Held) if each.name != "flags"}
     if any(value is not None and not math.isfinite(value) for value in numbers.values()):
         raise KvtwinError(f"a cache held {numbers}; expected finite numbers")
-    plain = {name: value if value is None else np.asarray(value).item() for name, value in numbers.items()}
+    plain: dict[str, Any] = {
+        name: value if value is None else np.asarray(value).item() for name, value in numbers.items()
+    }
     return replace(held, **plain, flags=tuple(str(flag) for flag in held.flags))

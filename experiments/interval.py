@@ -9,8 +9,10 @@ from framework.errors import KvtwinError
 RESAMPLES = 2000
 LEVEL = 0.95
 
+Values = Sequence[float] | np.ndarray
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+
+def interval(values: Values, seed: int = 0) -> tuple[float, float, float]:
     """The mean, and the ends of its interval of 95%, from 2000 resamples; the same seed gives the same ends.
 
     Of a single value both ends are that value: nothing is known of its spread. Where a value is not finite, both ends
@@ -27,7 +29,7 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, floa
     return mean, float(low), float(high)
 
 
-def paired(one: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def paired(one: Values, other: Values, seed: int = 0) -> tuple[float, float, float]:
     """`interval` of the differences, one minus other, of values that belong together in this order."""
     if len(one) != len(other):
         raise KvtwinError(

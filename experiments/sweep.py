@@ -6,7 +6,7 @@ again. Each other one is written as soon as it is measured, all seeds at once; o
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +125,7 @@ def _measure(wanted: Mapping[Cell, tuple[int, ...]], path: Path, jobs: int, engi
                 tell(rows)
 
 
-def _asked(turns: Turns, jobs: int, cells: int, engine: str) -> Iterator[list[Result]]:
+def _asked(turns: Turns, jobs: int, cells: int, engine: str) -> Generator[list[Result]]:
     """The results of each cell, as they come."""
     count = min(jobs, cells)
     if engine == "ray":

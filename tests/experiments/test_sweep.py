@@ -450,7 +450,7 @@ def test_answers_are_looked_at(change: tuple[str, str], message: str, place: Pat
 
 @pytest.mark.parametrize("backend", ["torch", "flax"])
 def test_a_bundled_model_from_the_command_line(backend: str, place: Path) -> None:
-    """With half of the cache a copy of what stood in the other half is lost; what is held is what was asked for."""
+    """What is held is what was asked for; asked again it is read from the file."""
     words = [
         "run",
         "copy(length=96, words=2)",
