@@ -1,6 +1,7 @@
 """Workers of a sweep as actors of a Ray cluster, or of a Ray of this machine where no cluster is named."""
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from experiments.local_workers import THREADS, importable
 from experiments.result import Result
 from experiments.workers import Died, Engine, Worker
 from framework.errors import KvtwinError
+
+REACH = 10.0  # seconds that a cluster has to answer
 
 
 class RayWorker(Worker):
@@ -46,8 +49,9 @@ class Cluster(Engine):
         self.ray, self.own = ray, not ray.is_initialized()
         if self.own:
             try:
+                _reached(address)
                 ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise KvtwinError(
                     f"no Ray at {address or 'this machine'}: {str(error).strip().splitlines()[0]}\n"
                     "expected RAY_ADDRESS to name a cluster that runs, or to be unset for one of this machine"
@@ -67,6 +71,13 @@ class Cluster(Engine):
         """End a Ray that was started or connected to here."""
         if self.own:
             self.ray.shutdown()
+
+
+def _reached(address: str | None) -> None:
+    """Raises OSError where nothing answers at host:port, which Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=REACH).close()
 
 
 class Asking:

@@ -1,6 +1,8 @@
 """A sweep on a Ray of this machine: the same rows, also where workers die. `python -m pytest -m ray`."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,25 @@ def test_the_rows_are_those_of_one_process(place: Path) -> None:
     many["questions"] = ["fake.py()", "fake.py(length=8)", "passkey(length=320)"]
     there = sweep(**many, out="ray.sqlite", engine="ray", jobs=2)
     pd.testing.assert_frame_equal(lasting(there), lasting(sweep(**many, out="here.sqlite")))
+
+
+CLUSTER = """
+import ray
+print(ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR").address_info["gcs_address"])
+input()
+"""
+
+
+def test_a_cluster_that_runs_elsewhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.stdout.readline().strip())
+        frame = sweep(
+            **PLAIN, questions="fake.py()", policies="full()", out="ray.sqlite", engine="ray", jobs=2
+        )
+        cluster.communicate("\n", timeout=60)
+    assert frame["error"].tolist() == ["", "", ""]
+    assert frame["seed"].tolist() == [0, 1, 2]
 
 
 def test_workers_that_die(place: Path) -> None:
