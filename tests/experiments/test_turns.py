@@ -53,6 +53,15 @@ def test_one_worker_goes_on_with_what_it_has_compiled() -> None:
     assert changes(cells) == len({kin(cell) for cell in cells}) - 1
 
 
+@pytest.mark.parametrize("last", JOBS)
+def test_what_is_nearest_to_the_last_cell_is_next(last: Job) -> None:
+    """Also beside others that are at the very same."""
+    assert kin(turns().take(last.cell, [last.cell, JOBS[0].cell]).cell) == kin(last.cell)
+    others = turns([each for each in JOBS if kin(each.cell) != kin(last.cell)])
+    near = kin(others.take(last.cell).cell)
+    assert near[:5] == kin(last.cell)[:5]
+
+
 def test_two_workers_do_not_compile_the_same() -> None:
     """Six kinds of four or two cells; only the last one may be shared, so that none waits for the other."""
     one, other = taken(turns(), 2)
