@@ -34,7 +34,7 @@ def table(frame: "DataFrame") -> Table:
     shared = [_field(cells[0], name) for name in FIELDS if name not in shown] if cells else []
     found = Table(box=None, pad_edge=False, title=Text(", ".join(shared)), title_justify="left")
     for name in (*shown, "measure", "mean", "95%", "seeds", "kept", "KiB", "flags"):
-        found.add_column(name, justify="right" if name in RIGHT else "left")
+        found.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
     for cell, those in places.items():
         texts = (*(_field(cell, name) for name in shown), *_told(cell, frame.iloc[those]))
         found.add_row(*(Text(each) for each in texts))
