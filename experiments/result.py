@@ -12,8 +12,8 @@ class Cell:
     """What is run as one batch. All is spelled as the registries spell it, so that equal cells are equal texts.
 
     `policy` is without its budget. `budget`: tokens per kv head where it is a whole number of 1 or more, a share of the
-    context where it lies below 1; None under a policy that keeps all, or one whose spelling brings its own. `model`: a
-    bundled name, a folder, or "org/name"; `weights`: hash of its files.
+    context where it lies below 1; None under a policy that keeps all, or one whose spelling brings its own for each
+    layer or head. `model`: a bundled name, a folder, or "org/name"; `weights`: hash of its files.
     """
 
     question: str

@@ -27,6 +27,7 @@ from experiments import (
     memory,
     oracle,
     regret,
+    sweep,
 )
 from framework.errors import KvtwinError
 
@@ -44,6 +45,7 @@ app.command("explain")(history.command)
 app.command("regret")(regret.command)
 app.command("oracle")(oracle.command)
 app.command("collapse")(collapse.command)
+app.command("run")(sweep.command)
 
 
 @app.callback()
