@@ -34,9 +34,8 @@ def _held(
     spec = model.spec
     full = footprint(spec, policies.make("full()"), codecs.make("full()"), tokens, ITEMSIZE[model.dtype])
     uncompressed = footprint(spec, policies.make("full()"), cache.codec, tokens, ITEMSIZE[model.dtype])
-    whole = np.array([layer.kv_heads * tokens for layer in spec.layers])
-    due, flags = _due(cache, row, tokens), []
-    evicted = bool((counts.sum(-1) < whole).any())
+    whole, due = _due(cache, row, tokens, False), _due(cache, row, tokens, True)
+    evicted, flags = bool((counts.sum(-1) < whole.sum(-1)).any()), []
     if cache.policy.evicts and not evicted:
         flags.append("never_fired")
     if cache.policy.evicts and (counts.sum(-1) != due.sum(-1)).any():
@@ -57,12 +56,12 @@ def _held(
     )
 
 
-def _due(cache: Cache, row: int, tokens: int) -> np.ndarray:
-    """Tokens that the heads of each layer should hold [layers, kv_heads]; what matters is the sum of a layer, since a
-    policy may divide it among the heads."""
+def _due(cache: Cache, row: int, tokens: int, budgets: bool) -> np.ndarray:
+    """Tokens that the heads of each layer should hold [layers, kv_heads], under their budgets or without; what matters
+    is the sum of a layer, since a policy may divide it among the heads. A layer's sliding window bounds both."""
     found = []
     for index, layer in enumerate(cache.spec.layers):
-        budget = cache.budgets[index]
+        budget = cache.budgets[index] if budgets else None
         heads = np.full(layer.kv_heads, tokens) if budget is None else np.minimum(budget[row], tokens)
         bound = tokens if layer.window is None else layer.window - 1
         found.append(np.minimum(heads, bound))

@@ -12,6 +12,7 @@ a policy may do better, and then its regret is below 0. The first drops nothing 
 from it: it is an analysis only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,24 +31,37 @@ Attention = Float[np.ndarray, "kv_heads queries tokens"]
 Kept = Bool[np.ndarray, "kv_heads calls tokens"]
 
 
-def attention_of(model: Model, tokens: np.ndarray, prompt: int) -> list[Attention]:
-    """What the queries from position `prompt` on give to each token under the full cache, for each layer."""
+def taps_of(model: Model, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The values inside the model along a text under the full cache."""
     taps: dict[str, np.ndarray] = {}
     model.step(tokens[None], logits=None, taps=taps)
-    places, result = np.arange(len(tokens)), []
+    return taps
+
+
+def weights_of(
+    model: Model, taps: Mapping[str, np.ndarray], places: np.ndarray
+) -> list[Float[np.ndarray, "kv_heads group queries tokens"]]:
+    """What the queries at these positions of the text give to each token, for each layer."""
+    result = []
     for index, layer in enumerate(model.spec.layers):
         queries, keys = (
             taps[f"layers.{index}.attention.{which}_rotated"][0].astype(np.float64)
             for which in ("query", "key")
         )
-        queries = queries[prompt:].reshape(-1, layer.kv_heads, layer.group, layer.head_dim)
+        queries = queries[places].reshape(-1, layer.kv_heads, layer.group, layer.head_dim)
         logits = np.einsum("qhgd,phd->hgqp", queries, keys) * layer.scale
         if layer.softcap is not None:
             logits = np.tanh(logits / layer.softcap) * layer.softcap
-        logits = np.where(attends(places[prompt:, None], places[None], layer.window), logits, -np.inf)
+        logits = np.where(attends(places[:, None], np.arange(len(keys))[None], layer.window), logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        result.append((weights / weights.sum(-1, keepdims=True)).mean(1))
+        result.append(weights / weights.sum(-1, keepdims=True))
     return result
+
+
+def attention_of(model: Model, tokens: np.ndarray, prompt: int) -> list[Attention]:
+    """What the queries from position `prompt` on give to each token under the full cache, for each layer."""
+    found = weights_of(model, taps_of(model, tokens), np.arange(prompt, len(tokens)))
+    return [weights.mean(1) for weights in found]
 
 
 def mass(attention: Attention, kept: Kept, prompt: int) -> Float[np.ndarray, "kv_heads calls"]:
