@@ -6,14 +6,13 @@ One thread, about half an hour on a free core; 1.7 million parameters, 3.3 MB on
 held-out byte perplexity of the float16 weights at context 512; expect 2.8.
 
 The tokens are the bytes, so there is no tokenizer. The training text is every .py file of the running Python's
-standard library but the tests, the tables (SKIPPED) and the files of HELD_OUT. The held-out text is committed, since
-the library differs from one Python to the next; it is written only where it is missing. The same seed on the same
-machine and versions gives the same weights. An interrupted run goes on from its checkpoint. Training sees windows of up
-to 1024 bytes: beyond that position the model grows worse.
+standard library but the tests, tables and the held-out files (experiments/text.py). The held-out text is
+committed, since the library differs from one Python to the next; it is written only where it is missing. The same seed
+on the same machine and versions gives the same weights. An interrupted run goes on from its checkpoint. Training sees
+windows of up to 1024 bytes: beyond that position the model grows worse.
 """
 
 import math
-import sysconfig
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,24 +22,11 @@ import torch
 import typer
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from experiments.text import library
+
 MODELS = Path(__file__).resolve().parent.parent / "framework" / "models"
-HELD_OUT = ("csv.py", "heapq.py", "json/decoder.py", "queue.py", "shlex.py", "textwrap.py")
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 TOKENS = 4096  # a training step
 WARMUP, PEAK, DECAY, LONG = 100, 4e-3, 0.4, 0.3  # steps, learning rate, last share decaying, last share long
-
-
-def library() -> tuple[bytes, bytes]:
-    """The training text and the held-out text, files in order of their names."""
-    root = Path(sysconfig.get_path("stdlib"))
-    # _sysconfigdata is written by the build and holds the paths of one machine
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if not SKIPPED & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
-    )
-    train = b"\n".join((root / name).read_bytes() for name in names if name not in HELD_OUT)
-    return train, b"\n".join((root / name).read_bytes() for name in HELD_OUT)
 
 
 def causal(module, query, key, value, mask, scaling, **_):

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from experiments.compare import prompted
 from experiments.question import Question, Setting
 from experiments.text import held_out
-from framework.arrays import FAR
 from framework.backend import Model
 from framework.cache import Cache
 from framework.errors import KvtwinError
@@ -58,10 +57,9 @@ def empty(setting: Setting, rows: Sequence[list[int]], following: int) -> Cache:
 def followed(
     model: Model, rows: Sequence[list[int]], held: Cache
 ) -> tuple[Cache, Float[np.ndarray, "batch vocab"]]:
-    """The cache after the next turn of a conversation, which evicts at its end, and the logits after each row."""
-    held.mark([FAR] * len(rows))
+    """The cache after the next turn of a conversation, a call of decode, and the logits after each row."""
     wide = max(map(len, rows))
-    logits, held = prompted(model, padded(rows, -(-wide // COLUMNS) * COLUMNS), held)
+    logits, held = model.step(padded(rows, -(-wide // COLUMNS) * COLUMNS), held, phase="decode")
     return held, logits[:, 0]
 
 

@@ -24,7 +24,8 @@ ROOM = 8  # the tokens to write are counted in steps of so many
 
 @dataclass(frozen=True)
 class Turn:
-    """What is asked, up to where the answer begins, and what must all come in the answer, in the order asked for.
+    """What is asked, up to where the answer begins, and what must all come in the answer, in the order asked for. An
+    answer ends with its line.
 
     `numbered`: a model that knows the answer would write "1. " before the first, and so on.
     """
@@ -43,7 +44,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Case:
-    """One context and the turns that follow it, in one conversation."""
+    """One context, which ends with a line, and the turns that follow it in one conversation."""
 
     context: str
     turns: tuple[Turn, ...]
@@ -143,15 +144,16 @@ def fitted(drawn: Callable[[int], Case], tokens: Callable[[Case], int], length: 
 
 def tokens_of(tokenizer: Tokenizer, case: Case) -> int:
     """Tokens of the context, of the turns and of their answers."""
-    following = [part for turn in case.turns for part in (turn.text, turn.wanted)]
+    following = [part for turn in case.turns for part in (turn.text, turn.wanted + "\n")]
     return len(tokenizer.encode(case.context)) + sum(
         len(tokenizer.encode(part, opening=False)) for part in following
     )
 
 
 def written(model: Model, cache: Cache, logits: np.ndarray, room: int) -> tuple[list[list[int]], Cache]:
-    """What the model writes greedily, up to `room` tokens; a stop token ends a row and is left out."""
-    stop = list(model.spec.stop)
+    """What the model writes greedily, up to `room` tokens; a row ends with its line, or a stop token, left out here."""
+    line = model.tokenizer.encode("\n", opening=False)
+    stop = [*model.spec.stop, *(line if len(line) == 1 else [])]
     new, _, cache = model.decode(cache, logits, Sampling(), stop, room)
     return [[int(token) for token in row if token >= 0 and token not in stop] for row in new], cache
 

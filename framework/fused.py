@@ -36,6 +36,29 @@ def fused(
             yield f"{at}.{whole[last]}.{kind}", _joined([weights[each] for each in names], layer)
 
 
+def parted(
+    spec: ModelSpec, tensors: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The canonical weights whose joined form these tensors are: the inverse of `fused`."""
+    weights: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        module, _, kind = name.rpartition(".")
+        at, _, last = module.rpartition(".")
+        if last == "gate_up":
+            pieces = np.split(x, 2)
+        elif last == "query_key_value":
+            layer = spec.layers[int(name.split(".")[1])]
+            heads = x.reshape(layer.kv_heads, -1, *x.shape[1:])
+            cuts = np.split(heads, [layer.group * layer.head_dim, (layer.group + 1) * layer.head_dim], axis=1)
+            pieces = [cut.reshape(-1, *x.shape[1:]) for cut in cuts]
+        else:
+            weights[name] = x
+            continue
+        for part, piece in zip(PARTS[last], pieces, strict=True):
+            weights[f"{at}.{part}.{kind}"] = piece
+    return {name: weights[name] for name in shapes(spec)}
+
+
 def _joined(
     parts: list[Shaped[np.ndarray, "_ *inner"]], layer: Layer | None
 ) -> Shaped[np.ndarray, "rows *inner"]:

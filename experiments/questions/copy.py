@@ -28,4 +28,4 @@ class Copy(Recall):
         every = letters(random, self.given + self.words + size, self.width)
         begin = int(random.integers(size + 1))
         cue, wanted = every[begin:][: self.given], every[begin + self.given :][: self.words]
-        return Case(" ".join(every), (Turn("\n" + " ".join(cue), tuple(wanted)),))
+        return Case(" ".join(every) + "\n", (Turn(" ".join(cue), tuple(wanted)),))

@@ -34,22 +34,22 @@ class CommonWords(Recall):
     example: bool = True
 
     def __post_init__(self) -> None:
-        if self.words < 1:
-            raise KvtwinError(f"words={self.words}; expected at least one common word")
+        if not 1 <= self.words <= 20:
+            raise KvtwinError(f"words={self.words}; expected 1 to 20 common words")
 
     def case(self, random: np.random.Generator, size: int) -> Case:
         long = self.length >= LONG
         front = ""
         if self.example:
-            text, common = self._list(random, 30 if long else 10, *((10, 3) if long else (3, 1)))
-            front = f"{TASK}\n{text}{self._asked}{Turn('', common, numbered=True).wanted}\n"
+            text, common = self._list(random, (40 if long else 20) - self.words, *((10, 3) if long else (3, 1)))
+            front = f"{TASK}\n{text}\n{self._asked}{Turn('', common, numbered=True).wanted}\n"
         text, common = self._list(random, size, *((30, 3) if long else (6, 1)))
-        return Case(f"{front}{TASK}\n{text}", (Turn(self._asked, common, numbered=True),))
+        return Case(f"{front}{TASK}\n{text}\n", (Turn(self._asked, common, numbered=True),))
 
     @property
     def _asked(self) -> str:
         return (
-            f"\nQuestion: What are the {self.words} most common words in the above list? "
+            f"Question: What are the {self.words} most common words in the above list? "
             f"Answer: The top {self.words} words that appear most often in the list are:"
         )
 

@@ -20,7 +20,7 @@ NOISE = "..."
 ZETA = np.pi**2 / 6  # zeta(2)
 LEAST = 27  # words in all, from which the fourth rank comes at all
 ASKED = (
-    "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+    "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
     "appeared words in the above coded text? "
     "Answer: According to the coded text above, the three most frequently appeared words are:"
 )
@@ -37,7 +37,7 @@ class FrequentWords(Recall):
         Random(SEED).shuffle(text)
         context = (
             "Read the following coded text and track the frequency of each coded word. "
-            f"Find the three most frequently appeared coded words. {' '.join(text)}"
+            f"Find the three most frequently appeared coded words. {' '.join(text)}\n"
         )
         return Case(context, (Turn(ASKED, tuple(ranked[1:4])),))
 

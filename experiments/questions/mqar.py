@@ -40,5 +40,5 @@ class MQAR(Recall):
             until = int(place * (size + 1))
             lines += [*noise[used:until], f"{key}: {value}"]
             used = until
-        turns = tuple(Turn(f"\n{keys[one]}:", (values[one],)) for one in asked)
-        return Case("\n".join([*lines, *noise[used:]]), turns)
+        turns = tuple(Turn(f"{keys[one]}:", (values[one],)) for one in asked)
+        return Case("\n".join([*lines, *noise[used:]]) + "\n", turns)

@@ -78,8 +78,8 @@ class Niah(Recall):
             wanted = [values[number] for number in order if number // self.values == one]
             begin = f"The special magic {self.values_are} for {keys[one]} are:"
             single = f"One of the special magic {self.values_are} for {keys[one]} is:"
-            turns.append(Turn("\n" + (begin if self.values > 1 else single), tuple(wanted), ", "))
-        return Case("\n".join([*text, *hay[used:]]), tuple(turns))
+            turns.append(Turn(begin if self.values > 1 else single, tuple(wanted), ", "))
+        return Case("\n".join([*text, *hay[used:]]) + "\n", tuple(turns))
 
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.values_are} for {key} is: {value}."

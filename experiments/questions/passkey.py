@@ -23,4 +23,4 @@ class Passkey(Recall):
         before = int(share * (size + 1))
         key = f"The pass key is {number}. Remember it. {number} is the pass key."
         lines = [TASK, *noise(before), key, *noise(size - before, before)]
-        return Case("\n".join(lines), (Turn("\nWhat is the pass key? The pass key is", (number,)),))
+        return Case("\n".join(lines) + "\n", (Turn("What is the pass key? The pass key is", (number,)),))

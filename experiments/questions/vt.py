@@ -41,9 +41,9 @@ class VariableTracking(Recall):
             text += [*noise(until - used, used), step]
             used = until
         question = (
-            f"\nQuestion: Find all variables that are assigned the value {values[0]} in the text above. "
+            f"Question: Find all variables that are assigned the value {values[0]} in the text above. "
             f"Answer: the variables that are assigned the value {values[0]} are:"
         )
         return Case(
-            "\n".join([*text, *noise(size - used, used)]), (Turn(question, tuple(chains[0].tolist())),)
+            "\n".join([*text, *noise(size - used, used)]) + "\n", (Turn(question, tuple(chains[0].tolist())),)
         )

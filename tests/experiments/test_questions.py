@@ -123,12 +123,12 @@ def test_questions_of_one_form_draw_apart() -> None:
 
 @every_recall
 def test_the_length_is_nearly_reached_and_never_exceeded(spelling: str, text_to_tokens: Tokenizer) -> None:
-    """Counted by hand: the context with its opening token, and what follows it without."""
+    """Counted by hand: the context with its opening token, and what follows it without, each answer with its line."""
     asked = recall(spelling)
     case = asked.draw(text_to_tokens, 1)
     count = len(text_to_tokens.encode(case.context))
     for turn in case.turns:
-        for text in (turn.text, turn.wanted):
+        for text in (turn.text, turn.wanted + "\n"):
             count += len(text_to_tokens.encode(text, opening=False))
     assert asked.length - FILLER < count <= asked.length
 
@@ -146,6 +146,8 @@ def test_answers_are_in_the_context_and_not_in_the_question(spelling: str, seed:
             assert answer not in asked
         assert found(turn, turn.wanted) == 1
         assert turn.wanted.startswith(" ")
+        assert not turn.text.startswith("\n")
+    assert case.context.endswith("\n")  # so that a question begins a line
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -197,7 +199,7 @@ def test_what_a_model_that_knows_would_write(turn: Turn, wanted: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_passkey(seed: int) -> None:
     case = drawn("passkey(length=400)", seed)
-    task, *lines = case.context.split("\n")
+    task, *lines = case.context.splitlines()
     assert task == (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
     )
@@ -206,16 +208,16 @@ def test_passkey(seed: int) -> None:
     assert number
     assert number[1] == number[2] == case.turns[0].answers[0]
     assert 1 <= int(number[1]) <= 50_000
-    assert [turn.text for turn in case.turns] == ["\nWhat is the pass key? The pass key is"]
+    assert [turn.text for turn in case.turns] == ["What is the pass key? The pass key is"]
 
 
 def check_pairs(case: Case, pairs: int, queries: int) -> None:
-    lines = case.context.split("\n")
+    lines = case.context.splitlines()
     held = dict(line.split(": ") for line in lines if ":" in line)
     assert len(held) == sum(":" in line for line in lines) == pairs
     assert all(re.fullmatch("[a-z]{4}", word) for pair in held.items() for word in pair)
     assert all(re.fullmatch("[a-z]{4}( [a-z]{4}){2}", line) for line in lines if ":" not in line)
-    keys = [turn.text.removeprefix("\n").removesuffix(":") for turn in case.turns]
+    keys = [turn.text.removesuffix(":") for turn in case.turns]
     assert len(set(keys)) == len(keys) == queries
     assert [turn.answers for turn in case.turns] == [(held[key],) for key in keys]
 
@@ -264,7 +266,7 @@ def test_needles(
     """RULER's eight tasks: needles of a form, in a haystack of a kind, and what is asked for."""
     case = drawn(f"niah(length=900, {options})", 2)
     form = re.compile(NEEDLE.format(values=value, key=KIND[key], value=KIND[value]))
-    lines = case.context.split("\n")
+    lines = case.context.splitlines()
     needles = [match.groups() for line in lines if (match := form.fullmatch(line))]
     hay = [line for line in lines if not form.fullmatch(line)]
     held: dict[str, list[str]] = {}
@@ -307,7 +309,7 @@ def test_no_needle_of_the_haystack_has_a_key_that_is_asked_for(monkeypatch: pyte
 def test_variables_are_those_that_a_reader_of_the_text_finds(chains: int, hops: int, seed: int) -> None:
     case = drawn(f"vt(length=900, chains={chains}, hops={hops})", seed)
     known: dict[str, str] = {}
-    for line in case.context.split("\n"):
+    for line in case.context.splitlines():
         if line in NOISE:
             continue
         match = re.fullmatch(r"VAR ([A-Z]{5}) = (?:VAR ([A-Z]{5})|(\d{5}))", line)
@@ -349,7 +351,7 @@ def test_common_words(spelling: str, often: int, seldom: int, shown: tuple[int, 
         case = drawn(spelling, seed)
         [turn] = case.turns
         empty, *front, last = case.context.split(CWE)
-        every = listed(last)
+        every = listed(last.removesuffix("\n"))
         counts = Counter(every)
         common = sorted(word for word, count in counts.items() if count == often)
         assert common == sorted(turn.answers)
@@ -359,8 +361,8 @@ def test_common_words(spelling: str, often: int, seldom: int, shown: tuple[int, 
         assert empty == ""
         assert len(front) == (shown is not None)
         if shown:
-            text, answer = front[0].rstrip("\n").split(turn.text)
-            example = Counter(listed(text))
+            text, answer = front[0].removesuffix("\n").split(turn.text)
+            example = Counter(listed(text.removesuffix("\n")))
             assert len(example) == shown[0]
             assert sorted(listed(answer.strip())) == sorted(
                 word for word, count in example.items() if count == shown[1]
@@ -380,7 +382,7 @@ def test_frequent_words(length: int, seed: int) -> None:
         "Find the three most frequently appeared coded words. "
     )
     assert case.context.startswith(head)
-    counts = Counter(case.context.removeprefix(head).split(" "))
+    counts = Counter(case.context.removeprefix(head).removesuffix("\n").split(" "))
     zeta = sum(k**-2.0 for k in range(1, 100_000)) + 1e-5
     ranks = range(1, length // 50 + 1)
 
@@ -398,7 +400,9 @@ def test_frequent_words(length: int, seed: int) -> None:
 
 def test_one_order_for_all_frequent_words() -> None:
     """The words differ by seed, their places do not."""
-    first, second = (drawn("fwe(length=700)", seed).context.split(". ")[-1].split(" ") for seed in (0, 4))
+    first, second = (
+        drawn("fwe(length=700)", seed).context.strip().split(". ")[-1].split(" ") for seed in (0, 4)
+    )
     assert [first.index(word) for word in first] == [second.index(word) for word in second]
     assert first != second
 
@@ -407,7 +411,7 @@ def test_one_order_for_all_frequent_words() -> None:
 def test_copies(seed: int) -> None:
     case = drawn("copy(length=300, words=5, given=3, width=6)", seed)
     [turn] = case.turns
-    cue, words = turn.text.removeprefix("\n").split(" "), case.context.split(" ")
+    cue, words = turn.text.split(" "), case.context.strip().split(" ")
     assert len(cue) == 3
     assert len(set(words)) == len(words)
     begin = words.index(cue[0])
@@ -420,7 +424,7 @@ def test_instructions_ask_for_one_rule_of_each_half(rules: int) -> None:
     for seed in range(8):
         case = asked.draw(ByteTokenizer(), seed)
         stated = dict(re.findall(r"^Rule (\d+): always answer (\w+-\w+)\.$", case.context, re.MULTILINE))
-        lines = case.context.split("\n")
+        lines = case.context.splitlines()
         assert [line[:6] for line in lines[:rules]] == [f"Rule {number}" for number in range(1, rules + 1)]
         numbers = [re.findall(r"Rule (\d+): always answer$", turn.text)[0] for turn in case.turns]
         assert [turn.answers for turn in case.turns] == [(stated[number],) for number in numbers]

@@ -5,7 +5,7 @@ import math
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from framework.codec import codecs, decoded
@@ -260,6 +260,7 @@ def test_the_error_of_exl3_is_half_a_step(seed, exponent, spread, bits):
 
 @settings(max_examples=60, deadline=None)
 @given(seed=finite, exponent=st.integers(-10, 7), spread=st.integers(0, 2), bits=st.sampled_from([4, 8]))
+@example(seed=989411763, exponent=0, spread=2, bits=8)
 def test_the_error_of_exl2_is_half_a_step_and_one_where_it_clips(seed, exponent, spread, bits):
     random = np.random.default_rng(seed)
     x = random.standard_normal((4, 128)) * np.exp2(exponent + spread * random.standard_normal((4, 128)))
@@ -276,11 +277,13 @@ def test_the_error_of_exl2_is_half_a_step_and_one_where_it_clips(seed, exponent,
     )
     scales = parts["scales"].astype(float)[..., None]
     clipped = turned > scales * (2 ** (bits - 1) - 1)
+    # Codes are made in float16: of a ratio up to 1 that loses 2^-12, and of the code, up to 2^bits, 2^-12 of that.
+    lost = 2.0 ** (bits - 1) * (2.0**-12 + 2.0**-11)
     # Beside the step: six roundings to float16, of the numbers themselves and of five sums.
     noise = (
         6 * 2.0**-11 * np.abs(x).reshape(4, 2, 64).sum(-1).repeat(2, axis=1)[..., None] / 4 + 32 * 2.0**-24
     )
-    assert (error <= np.where(clipped, 1.0, 0.5) * scales * 1.02 + noise).all()
+    assert (error <= (np.where(clipped, 1.0, 0.5) + lost) * scales + noise).all()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from framework.fused import fused
+from framework.fused import fused, parted
 from framework.spec import Layer, ModelSpec
 from framework.weights import random_weights
 
@@ -68,3 +68,10 @@ def test_a_tensor_is_read_when_it_is_its_turn(weights):
 
     next(fused(SPEC, Listened(weights)))
     assert set(read) == {"embed.weight"}
+
+
+def test_parted_is_the_inverse(weights):
+    back = parted(SPEC, dict(fused(SPEC, weights)))
+    assert list(back) == list(weights)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(back[name], value)
