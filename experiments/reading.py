@@ -1,4 +1,4 @@
-"""Reading for questions: contexts compressed as one batch, and held-out text that is given after them token by token."""
+"""Reading for questions: contexts compressed as one batch, and held-out text given after them token by token."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,7 +137,9 @@ class Reading(Question):
 
         def read() -> np.ndarray:
             exact = replace(setting, policy="full()", codec="full()")
-            return np.stack([logits for logits, _ in self.along(exact, self.passages(setting.model, seeds))][1:])
+            return np.stack(
+                [logits for logits, _ in self.along(exact, self.passages(setting.model, seeds))][1:]
+            )
 
         key = (Reading, "logits", setting.model, self.length, self.compressed, tuple(seeds))
         logits: np.ndarray = setting.once(key, read)

@@ -41,7 +41,9 @@ class CommonWords(Recall):
         long = self.length >= LONG
         front = ""
         if self.example:
-            text, common = self._list(random, (40 if long else 20) - self.words, *((10, 3) if long else (3, 1)))
+            text, common = self._list(
+                random, (40 if long else 20) - self.words, *((10, 3) if long else (3, 1))
+            )
             front = f"{TASK}\n{text}\n{self._asked}{Turn('', common, numbered=True).wanted}\n"
         text, common = self._list(random, size, *((30, 3) if long else (6, 1)))
         return Case(f"{front}{TASK}\n{text}\n", (Turn(self._asked, common, numbered=True),))

@@ -2,8 +2,8 @@
 
 Flax reads freely. torch is led along its tokens with its kept sets forced, and what torch itself would have kept is
 compared at every eviction, so that one swap excuses nothing later. A head whose set differs by tokens with scores equal
-up to rounding counts as the same (`experiments/demo.py`). Then each reads freely once more and writes the last tokens by
-itself: the same text, or one that parts where the two best logits lie within the drift.
+up to rounding counts as the same (`experiments/demo.py`). Then each reads freely once more and writes the last tokens
+by itself: the same text, or one that parts where the two best logits lie within the drift.
 """
 
 from collections.abc import Sequence
@@ -104,12 +104,20 @@ class Drift(Reading):
         return shares.tolist(), np.array(logits[1:])
 
     def _fed(
-        self, model: Model, passages: Passages, call: int, cache: Any, forced: list[np.ndarray], own: list[Decision]
+        self,
+        model: Model,
+        passages: Passages,
+        call: int,
+        cache: Any,
+        forced: list[np.ndarray],
+        own: list[Decision],
     ) -> tuple[np.ndarray, Any]:
         """The contexts at the first call, then one given token at each."""
         if call:
             return model.step(passages.given[:, call - 1 : call], cache, forced=forced, decisions=own)
-        return prompted(model, padded(passages.contexts, self.compressed), cache, forced=forced, decisions=own)
+        return prompted(
+            model, padded(passages.contexts, self.compressed), cache, forced=forced, decisions=own
+        )
 
 
 def agreeing(own: Decision, kept: np.ndarray) -> np.ndarray:

@@ -40,7 +40,9 @@ class Instructions(Recall):
         if random.random() < 0.5:
             asked.reverse()
         stated = [f"Rule {number}: always answer {answer}." for number, answer in enumerate(answers, 1)]
-        turns = [Turn(f"What is rule {one + 1}? Rule {one + 1}: always answer", (answers[one],)) for one in asked]
+        turns = [
+            Turn(f"What is rule {one + 1}? Rule {one + 1}: always answer", (answers[one],)) for one in asked
+        ]
         return Case("\n".join([*stated, *lines(random, size)]) + "\n", tuple(turns))
 
     def marks(self, case: Case, scores: Sequence[float]) -> dict[str, float]:

@@ -33,7 +33,9 @@ class RegretOf(Reading):
         for _, cache in self.along(setting, passages):
             if not held:
                 held = held_by(model, cache, [self.compressed] * len(seeds))
-                evicting = [index for index in range(len(model.spec.layers)) if cache.limit(index) is not None]
+                evicting = [
+                    index for index in range(len(model.spec.layers)) if cache.limit(index) is not None
+                ]
             kept.append(cache.kept)
         answers = []
         for row, seed in enumerate(seeds):
@@ -44,7 +46,9 @@ class RegretOf(Reading):
             )
             means = [(1.0, 1.0, 1.0)]
             if evicting:
-                means = [self._masses(full[index], [one[index][row] for one in kept[:-1]]) for index in evicting]
+                means = [
+                    self._masses(full[index], [one[index][row] for one in kept[:-1]]) for index in evicting
+                ]
             policy, future, step = np.mean(means, axis=0).tolist()
             measures = {"regret": future - policy, "mass": policy, "future": future, "step": step}
             answers.append(Answer(seed, measures, held[row]))

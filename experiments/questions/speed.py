@@ -17,9 +17,8 @@ PIECE = 8  # tokens between two readings of the clock
 
 @dataclass(frozen=True, kw_only=True)
 class Speed(Reading):
-    """The context is read twice and timed the second time, its compression included. Then as many tokens as are left
-    of `length` are written greedily, in pieces of 8; the first piece warms up, and the rate is that of the median piece.
-    """
+    """The context is read twice and timed the second time, its compression included. Then the rest of `length` is
+    written greedily, in pieces of 8; the first piece warms up, and the rate is that of the median piece."""
 
     measures = (Measure("rate", "higher", "tokens per second"), Measure("prompt", "lower", "seconds"))
     seeded: ClassVar[bool] = False

@@ -433,7 +433,11 @@ def test_instructions_ask_for_one_rule_of_each_half(rules: int) -> None:
         orders.add(tuple(early))
         scores = [1.0, 0.0]
         marks = asked.marks(case, scores)
-        assert marks == {"score": 0.5, "first_half": scores[early.index(True)], "second_half": scores[early.index(False)]}
+        assert marks == {
+            "score": 0.5,
+            "first_half": scores[early.index(True)],
+            "second_half": scores[early.index(False)],
+        }
     assert len(orders) == 2
 
 
@@ -468,7 +472,9 @@ def test_what_cannot_be_asked_is_refused(spelling: str, words: str) -> None:
 @every_recall
 def test_a_length_too_short_is_refused(spelling: str) -> None:
     asked = replace(recall(spelling), length=30)
-    with pytest.raises(KvtwinError, match=r"a case without filler has \d+ tokens; expected at most length=30"):
+    with pytest.raises(
+        KvtwinError, match=r"a case without filler has \d+ tokens; expected at most length=30"
+    ):
         asked.draw(ByteTokenizer(), 0)
 
 
