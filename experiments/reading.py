@@ -103,22 +103,22 @@ class Reading(Question):
     least: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.compressed <= self.length - self.least:
+        if not 0 < self.prompt <= self.length - self.least:
             raise KvtwinError(
                 f"length={self.length}, context={self.context}; expected a context of at least one token, and at least "
                 f"{self.least} more (without context, a length above {GIVEN})"
             )
 
     @property
-    def compressed(self) -> int:
+    def prompt(self) -> int:
         """Tokens of the context."""
         return self.length - GIVEN if self.context is None else self.context
 
     def passages(self, model: Model, seeds: Sequence[int]) -> Passages:
         """What is read under every policy; the same seed gives all questions of one length the same place."""
         texts = stretches(model, seeds, self.length)
-        given = np.array([text[self.compressed :] for text in texts], np.int32)
-        return Passages([text[: self.compressed] for text in texts], given)
+        given = np.array([text[self.prompt :] for text in texts], np.int32)
+        return Passages([text[: self.prompt] for text in texts], given)
 
     def along(
         self, setting: Setting, passages: Passages, more: int = 0
@@ -126,7 +126,7 @@ class Reading(Question):
         """The logits and the cache after the contexts, and after each given token. The next one consumes the cache,
         which has room for `more` tokens."""
         steps = passages.given.shape[1]
-        held, logits = compressed(setting, passages.contexts, steps + more, self.compressed)
+        held, logits = compressed(setting, passages.contexts, steps + more, self.prompt)
         yield logits, held
         for step in range(steps):
             out, held = setting.model.step(passages.given[:, step : step + 1], held)
@@ -141,7 +141,7 @@ class Reading(Question):
                 [logits for logits, _ in self.along(exact, self.passages(setting.model, seeds))][1:]
             )
 
-        key = (Reading, "logits", setting.model, self.length, self.compressed, tuple(seeds))
+        key = (Reading, "logits", setting.model, self.length, self.prompt, tuple(seeds))
         logits: np.ndarray = setting.once(key, read)
         return logits
 

@@ -51,10 +51,9 @@ def pairs_of_words(random: np.random.Generator, count: int) -> list[str]:
 
 
 def plain_words(random: np.random.Generator, count: int) -> list[str]:
-    """Different words: adjectives and nouns, or where there are too few, adjective-noun for all of them."""
-    if count > len(PLAIN):
-        return pairs_of_words(random, count)
-    return [PLAIN[place] for place in random.choice(len(PLAIN), count, replace=False)]
+    """Different words: adjectives and nouns, and where these are too few, pairs of them among the others."""
+    every = PLAIN + pairs_of_words(random, max(count - len(PLAIN), 0))
+    return [every[place] for place in random.choice(len(every), count, replace=False)]
 
 
 def numbers(random: np.random.Generator, count: int, digits: int = 7) -> list[str]:

@@ -4,8 +4,8 @@ RULER's rules: 10 common words come 30 times each and the other words 3 times, f
 once; the list is shuffled with the seed 42, the same for every case, and numbered: "1. word 2. word". An example with
 its answer stands in front: 40 words, 10 and 3 times, or 20 words, 3 times and once.
 
-Deviations: words are adjectives and nouns of `experiments/words.py`, and pairs of them where a list needs more than
-there are; filler are other words, as many as fit. The shortest case has 60 entries beside the example, which are about
+Deviations: words are adjectives and nouns of `experiments/words.py`, with pairs of them among the others where a list
+needs more than there are; the other words are the filler, as many as fit. The shortest case has 60 entries beside the example, which are about
 1,700 bytes: byte-level models are asked for fewer words, as in cwe(words=3, example=False).
 """
 

@@ -73,7 +73,7 @@ class Drift(Reading):
         """Read the given tokens, then go on by oneself."""
         model, logits, kept, held = setting.model, [], [], []
         for out, cache in self.along(setting, passages, WRITTEN):
-            held = held or held_by(model, cache, [self.compressed] * cache.batch)
+            held = held or held_by(model, cache, [self.prompt] * cache.batch)
             logits.append(out)
             kept.append(cache.kept)
         written, choices = [], []
@@ -115,9 +115,7 @@ class Drift(Reading):
         """The contexts at the first call, then one given token at each."""
         if call:
             return model.step(passages.given[:, call - 1 : call], cache, forced=forced, decisions=own)
-        return prompted(
-            model, padded(passages.contexts, self.compressed), cache, forced=forced, decisions=own
-        )
+        return prompted(model, padded(passages.contexts, self.prompt), cache, forced=forced, decisions=own)
 
 
 def agreeing(own: Decision, kept: np.ndarray) -> np.ndarray:

@@ -47,10 +47,10 @@ class Fidelity(Reading):
         model, passages = setting.model, self.passages(setting.model, seeds)
         full, steps = self.whole(setting, seeds), passages.given.shape[1]
         kl, top1, top5 = (np.zeros((steps, len(seeds))) for _ in range(3))
-        queries, kept = self.compressed + np.arange(0, steps, EVERY), []
+        queries, kept = self.prompt + np.arange(0, steps, EVERY), []
         for number, (logits, cache) in enumerate(self.along(setting, passages)):
             if number == 0:
-                held = held_by(model, cache, [self.compressed] * len(seeds))
+                held = held_by(model, cache, [self.prompt] * len(seeds))
             else:
                 kl[number - 1], top1[number - 1], top5[number - 1] = compared(logits, full[number - 1])
             if number < steps and number % EVERY == 0:
@@ -58,7 +58,7 @@ class Fidelity(Reading):
         answers = []
         for row, seed in enumerate(seeds):
             known = setting.once(
-                (Fidelity, "attention", model, self.length, self.compressed, seed),
+                (Fidelity, "attention", model, self.length, self.prompt, seed),
                 partial(attended, model, passages.texts[row], queries),
             )
             masses, errors = [], []
@@ -93,9 +93,9 @@ def compared(
     """KL in nats, whether the most probable token is the same, and the share of the most probable ones in common."""
     ours, theirs = log_probabilities(found), log_probabilities(full)
     kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
-    best, right = (np.argsort(-x, axis=-1, kind="stable")[:, :TOP] for x in (ours, theirs))
+    best, right = (np.argpartition(x, -TOP, axis=-1)[:, -TOP:] for x in (ours, theirs))
     shared = (best[:, :, None] == right[:, None]).any(-1).mean(-1)
-    return kl, (best[:, 0] == right[:, 0]).astype(float), shared
+    return kl, (ours.argmax(-1) == theirs.argmax(-1)).astype(float), shared
 
 
 def attended(model: Model, text: np.ndarray, queries: np.ndarray) -> list[tuple[Weights, Values]]:

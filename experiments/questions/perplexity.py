@@ -24,7 +24,7 @@ class Perplexity(Reading):
         nats = np.zeros((len(seeds), steps - 1))
         for number, (logits, cache) in enumerate(self.along(setting, passages)):
             if number == 0:
-                held = held_by(setting.model, cache, [self.compressed] * len(seeds))
+                held = held_by(setting.model, cache, [self.prompt] * len(seeds))
             elif number < steps:
                 nats[:, number - 1] = -log_probabilities(logits)[rows, passages.given[:, number]]
         means = nats.mean(1).tolist()

@@ -32,7 +32,7 @@ class RegretOf(Reading):
         held, evicting, kept = [], [], []
         for _, cache in self.along(setting, passages):
             if not held:
-                held = held_by(model, cache, [self.compressed] * len(seeds))
+                held = held_by(model, cache, [self.prompt] * len(seeds))
                 evicting = [
                     index for index in range(len(model.spec.layers)) if cache.limit(index) is not None
                 ]
@@ -41,8 +41,8 @@ class RegretOf(Reading):
         for row, seed in enumerate(seeds):
             text = passages.texts[row]
             full = setting.once(
-                (RegretOf, "attention", model, self.length, self.compressed, seed),
-                partial(attention_of, model, text, self.compressed),
+                (RegretOf, "attention", model, self.length, self.prompt, seed),
+                partial(attention_of, model, text, self.prompt),
             )
             means = [(1.0, 1.0, 1.0)]
             if evicting:
@@ -60,8 +60,8 @@ class RegretOf(Reading):
         counts = own.sum(-1)
         sets = (
             own,
-            oracle_future(attention, counts, self.compressed),
-            oracle_step(attention, counts, self.compressed),
+            oracle_future(attention, counts, self.prompt),
+            oracle_step(attention, counts, self.prompt),
         )
-        policy, future, step = (float(mass(attention, one, self.compressed).mean()) for one in sets)
+        policy, future, step = (float(mass(attention, one, self.prompt).mean()) for one in sets)
         return policy, future, step

@@ -26,13 +26,13 @@ class Speed(Reading):
     least = 2 * PIECE
 
     def ask(self, setting: Setting, seeds: Sequence[int]) -> list[Answer]:
-        model, pieces = setting.model, (self.length - self.compressed) // PIECE
+        model, pieces = setting.model, (self.length - self.prompt) // PIECE
         [context] = self.passages(model, seeds[:1]).contexts
         for _ in range(2):
             begun = time.perf_counter()
-            cache, logits = compressed(setting, [context], pieces * PIECE, self.compressed)
+            cache, logits = compressed(setting, [context], pieces * PIECE, self.prompt)
             prompt = time.perf_counter() - begun
-        [held] = held_by(model, cache, [self.compressed])
+        [held] = held_by(model, cache, [self.prompt])
         seconds = []
         for number in range(pieces):
             begun = time.perf_counter()
