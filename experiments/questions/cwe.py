@@ -5,8 +5,8 @@ once; the list is shuffled with the seed 42, the same for every case, and number
 its answer stands in front: 40 words, 10 and 3 times, or 20 words, 3 times and once.
 
 Deviations: words are adjectives and nouns of `experiments/words.py`, with pairs of them among the others where a list
-needs more than there are; the other words are the filler, as many as fit. The shortest case has 60 entries beside the example, which are about
-1,700 bytes: byte-level models are asked for fewer words, as in cwe(words=3, example=False).
+needs more than there are; the other words are the filler, as many as fit. The shortest case has 60 entries beside the
+example, which are about 1,700 bytes: byte-level models are asked for fewer words, as in cwe(words=3, example=False).
 """
 
 from dataclasses import dataclass
