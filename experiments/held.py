@@ -22,25 +22,36 @@ def held_by(model: Model, cache: Cache, contexts: Sequence[int]) -> list[Held]:
     size, slots = cache.bytes, max(int(counts.sum()), 1)
     payload = [int((size.payload + size.scales) * one.sum() / slots) for one in counts]
     allocated = size.capacity // cache.batch
+    # The arrays are as long as the longest row needs them.
+    longest = footprint(
+        model.spec, policies.make("full()"), cache.codec, int(max(contexts)), ITEMSIZE[model.dtype]
+    )
+    masked = allocated >= longest.kv + longest.positions
     return [
-        _held(model, cache, row, int(tokens), counts[row], payload[row], allocated)
+        _held(model, cache, row, int(tokens), counts[row], payload[row], allocated, masked)
         for row, tokens in enumerate(contexts)
     ]
 
 
 def _held(
-    model: Model, cache: Cache, row: int, tokens: int, counts: np.ndarray, payload: int, allocated: int
+    model: Model,
+    cache: Cache,
+    row: int,
+    tokens: int,
+    counts: np.ndarray,
+    payload: int,
+    allocated: int,
+    masked: bool,
 ) -> Held:
     spec = model.spec
     full = footprint(spec, policies.make("full()"), codecs.make("full()"), tokens, ITEMSIZE[model.dtype])
-    uncompressed = footprint(spec, policies.make("full()"), cache.codec, tokens, ITEMSIZE[model.dtype])
     whole, due = _due(cache, row, tokens, False), _due(cache, row, tokens, True)
     evicted, flags = bool((counts.sum(-1) < whole.sum(-1)).any()), []
     if cache.policy.evicts and not evicted:
         flags.append("never_fired")
     if cache.policy.evicts and (counts.sum(-1) != due.sum(-1)).any():
         flags.append("missed_budget")
-    if evicted and allocated >= uncompressed.kv:
+    if evicted and masked:
         flags.append("masked")
     asked = [heads[row].mean() for heads in cache.budgets if heads is not None]
     return Held(

@@ -27,7 +27,7 @@ SEEDS = (5, 2)
 # With budgets per head, a sliding window in the second layer, and an interval at which nothing is evicted.
 POLICIES = ("window(budget=9)", "h2o(budget=12, interval=3)", "adakv(budget=12, policy=snapkv(window=4))")
 every_policy = pytest.mark.parametrize("policy", POLICIES)
-every_backend = pytest.mark.parametrize("backend", ["torch", "flax"])
+every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 
 
 def setting(policy: str, backend: str = "torch", codec: str = "full()") -> Setting:
@@ -242,7 +242,7 @@ def test_scores_equal_up_to_rounding_count_as_the_same() -> None:
 @every_backend
 @pytest.mark.parametrize(
     ("policy", "codec"),
-    [("full()", "full()"), ("window(fraction=0.25)", "full()"), ("h2o(budget=16)", "q8()")],
+    [("full()", "full()"), ("window(fraction=0.25)", "full()"), ("h2o(budget=16)", "exl2_q6()")],
 )
 def test_memory_is_what_the_formula_says(policy: str, codec: str, backend: str) -> None:
     [answer] = questions.make("memory(length=50)").ask(setting(policy, backend, codec), [0])

@@ -22,7 +22,7 @@ from tests.twins import compilations, hybrid
 
 SEEDS = (4, 0, 7)
 LINE = 10  # ends an answer
-every_backend = pytest.mark.parametrize("backend", ["torch", "flax"])
+every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 # Policies with memory, with queries, with budgets per head and per layer, and with a second pass.
 POLICIES = (
     "full()",
@@ -30,7 +30,7 @@ POLICIES = (
     "h2o(budget=40)",
     "snapkv(budget=40, window=8)",
     "adakv(budget=40, policy=snapkv(window=8))",
-    "cake(budget=40)",
+    "cake(budget=40, policy=snapkv(window=8))",
     "kvzip(budget=40)",
 )
 
@@ -76,7 +76,7 @@ def by_hand(asked: Recall, policy: str, seed: int, room: int) -> list[str]:
             out, held = model.step([row], held, phase="decode")
             logits = out[:, 0]
         new, _, held = model.decode(held, logits, Sampling(), [LINE], room)
-        said.append(model.tokenizer.decode([token for token in new[0] if token not in (-1, LINE)]))
+        said.append(model.tokenizer.decode([int(token) for token in new[0] if token not in (-1, LINE)]))
     return said
 
 
@@ -116,7 +116,8 @@ def test_aware_is_generation_with_a_question() -> None:
     assert made.text == [answer.said]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [POLICIES[1], POLICIES[4], POLICIES[6]])
 def test_both_backends_say_the_same(policy: str) -> None:
     asked = Ragged(room=6)
     ours, theirs = (asked.ask(setting(policy, backend), SEEDS[:2]) for backend in ("torch", "flax"))
@@ -214,7 +215,7 @@ def held_of(policy: str, backend: str = "torch", codec: str = "full()", counts: 
         ("full()", "full()"),
         ("window(budget=20)", "full()"),
         ("h2o(budget=(20, 10, 30, (8, 16)))", "full()"),
-        ("h2o(budget=20)", "q8()"),
+        ("h2o(budget=20)", "exl2_q6()"),
         ("adakv(budget=20, policy=snapkv(window=8))", "full()"),
         ("threshold(budget=30, least=0.05, policy=h2o())", "full()"),
     ],
@@ -293,12 +294,12 @@ def test_questions_and_budgets_of_one_length_share_what_is_compiled() -> None:
     """After one question at one budget, other budgets of the bucket and other questions compile nothing."""
 
     def ask(spelling: str, policy: str) -> None:
-        questions.make(spelling).ask(setting(policy, "flax"), SEEDS)
+        questions.make(spelling).ask(setting(policy, model=hybrid("flax")), SEEDS)
 
     ask("mqar(length=300, queries=2)", "window(budget=65)")
     with compilations() as seen:
         ask("mqar(length=300, queries=2)", "window(budget=80)")
-        ask("passkey(length=300)", "window(fraction=0.25)")
+        ask("passkey(length=300)", "window(fraction=0.28)")
         ask("copy(length=300)", "window(budget=70, sinks=4)")
         ask("turns(length=300)", "window(budget=66)")
     assert not seen
