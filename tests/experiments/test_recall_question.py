@@ -1,6 +1,6 @@
 """What asking does: the same text as generation, rows by themselves, the order of events, and what the cache held."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,8 +18,9 @@ from framework.cache import Cache
 from framework.decode import Sampling
 from framework.generate import prefill
 from framework.models import recall_form
-from tests.twins import compilations, hybrid
+from tests.twins import compilations, hybrid, unchecked
 
+pytestmark = pytest.mark.usefixtures("no_type_checks")  # rows of a hundred steps
 SEEDS = (4, 0, 7)
 LINE = 10  # ends an answer
 every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
@@ -33,6 +34,12 @@ POLICIES = (
     "cake(budget=40, policy=snapkv(window=8))",
     "kvzip(budget=40)",
 )
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    with unchecked():
+        yield
 
 
 @cache
@@ -80,8 +87,20 @@ def by_hand(asked: Recall, policy: str, seed: int, room: int) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("aware", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "aware"),
+    [
+        ("full()", False),
+        ("window(fraction=0.25)", False),
+        ("adakv(budget=40, policy=snapkv(window=8))", False),
+        ("finch(budget=40)", True),
+        *(
+            pytest.param(policy, aware, marks=pytest.mark.slow)
+            for policy in POLICIES
+            for aware in (False, True)
+        ),
+    ],
+)
 def test_a_batch_says_what_each_row_says_by_itself(policy: str, aware: bool) -> None:
     """Rows of other lengths, padded; a fraction is one of the longest row, so it is given as tokens to the others."""
     asked = Ragged(aware=aware, room=6)
@@ -215,7 +234,7 @@ def held_of(policy: str, backend: str = "torch", codec: str = "full()", counts: 
         ("full()", "full()"),
         ("window(budget=20)", "full()"),
         ("h2o(budget=(20, 10, 30, (8, 16)))", "full()"),
-        ("h2o(budget=20)", "exl2_q6()"),
+        ("h2o(budget=20)", "int8()"),
         ("adakv(budget=20, policy=snapkv(window=8))", "full()"),
         ("threshold(budget=30, least=0.05, policy=h2o())", "full()"),
     ],
