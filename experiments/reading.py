@@ -126,7 +126,7 @@ class Reading(Question):
         """The logits and the cache after the contexts, and after each given token. The next one consumes the cache,
         which has room for `more` tokens."""
         steps = passages.given.shape[1]
-        held, logits = compressed(setting, passages.contexts, steps + more, self.prompt)
+        held, logits = compressed(setting, passages.contexts, steps + more, self.length)
         yield logits, held
         for step in range(steps):
             out, held = setting.model.step(passages.given[:, step : step + 1], held)

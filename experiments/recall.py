@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -56,7 +57,7 @@ class Recall(Question):
     compresses the context. `room`: tokens to write at each turn (None: those of the longest answer, and a few more).
     """
 
-    measures = (Measure("score", "higher", "share of answers"),)
+    measures: ClassVar[tuple[Measure, ...]] = (Measure("score", "higher", "share of answers"),)
 
     length: int = 512
     aware: bool = False

@@ -71,7 +71,8 @@ class Drift(Reading):
 
     def _free(self, setting: Setting, passages: Passages) -> Run:
         """Read the given tokens, then go on by oneself."""
-        model, logits, kept, held = setting.model, [], [], []
+        model, logits, kept = setting.model, [], []
+        held: list[Held] = []
         for out, cache in self.along(setting, passages, WRITTEN):
             held = held or held_by(model, cache, [self.prompt] * cache.batch)
             logits.append(out)
@@ -115,7 +116,7 @@ class Drift(Reading):
         """The contexts at the first call, then one given token at each."""
         if call:
             return model.step(passages.given[:, call - 1 : call], cache, forced=forced, decisions=own)
-        return prompted(model, padded(passages.contexts, self.prompt), cache, forced=forced, decisions=own)
+        return prompted(model, padded(passages.contexts, self.length), cache, forced=forced, decisions=own)
 
 
 def agreeing(own: Decision, kept: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from experiments.held import held_by
 from experiments.question import Answer, Measure, Setting
 from experiments.reading import Reading, holds, log_probabilities
-from experiments.regret import taps_of, weights_of
+from experiments.regret import attended
 from framework.backend import Model
 
 EVERY = 8  # given tokens between two looks at what is kept
@@ -55,16 +55,16 @@ class Fidelity(Reading):
                 kl[number - 1], top1[number - 1], top5[number - 1] = compared(logits, full[number - 1])
             if number < steps and number % EVERY == 0:
                 kept.append([holds(positions, self.length) for positions in cache.kept])
+        full_attention = setting.once(
+            (Fidelity, "attention", model, self.length, self.prompt, tuple(seeds)),
+            partial(looked_at, model, passages.texts, self.prompt),
+        )
         answers = []
         for row, seed in enumerate(seeds):
-            known = setting.once(
-                (Fidelity, "attention", model, self.length, self.prompt, seed),
-                partial(attended, model, passages.texts[row], queries),
-            )
             masses, errors = [], []
-            for layer, (weights, values) in enumerate(known):
+            for layer, (weights, values) in enumerate(full_attention):
                 sets = np.stack([one[layer][row] for one in kept], axis=1)
-                mass, error = lost(weights, values, sets, queries)
+                mass, error = lost(weights[row], values[row], sets, queries)
                 masses.append(mass)
                 errors.append(error)
             differing = np.flatnonzero(top1[:, row] < 1)
@@ -98,15 +98,12 @@ def compared(
     return kl, (ours.argmax(-1) == theirs.argmax(-1)).astype(float), shared
 
 
-def attended(model: Model, text: np.ndarray, queries: np.ndarray) -> list[tuple[Weights, Values]]:
-    """What these queries of a text give to each token under the full cache, and the values, for each layer."""
-    taps = taps_of(model, text)
-    values = [
-        np.moveaxis(taps[f"layers.{index}.attention.value"][0].astype(np.float32), 1, 0)
-        for index in range(len(model.spec.layers))
+def looked_at(model: Model, texts: np.ndarray, prompt: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What every 8th given token gives to each token under the full cache, and the values, for each layer."""
+    return [
+        (weights[..., ::EVERY, :].astype(np.float32), values.astype(np.float32))
+        for weights, values in attended(model, texts, prompt)
     ]
-    weights = [each.astype(np.float32) for each in weights_of(model, taps, queries)]
-    return list(zip(weights, values, strict=True))
 
 
 def lost(
