@@ -211,13 +211,10 @@ def test_no_regret_where_nothing_is_evicted() -> None:
 # Backends.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "codec"),
-    [
-        ("snapkv(budget=12, window=4)", "full()"),
-        pytest.param("window(budget=9)", "int8()", marks=pytest.mark.slow),
-        pytest.param("full()", "full()", marks=pytest.mark.slow),
-    ],
+    [("snapkv(budget=12, window=4)", "full()"), ("window(budget=9)", "int8()"), ("full()", "full()")],
 )
 def test_the_backends_do_the_same(policy: str, codec: str) -> None:
     for answer in ask(f"drift({SIZES})", policy, codec=codec):
