@@ -399,6 +399,16 @@ def test_frequent_words(length: int, seed: int) -> None:
     assert all(re.fullmatch("[a-z]{6}", word) for word in counts if word != "...")
 
 
+def test_the_fourth_word_is_never_as_frequent_as_the_fifth() -> None:
+    """Whatever the amount of filler: between 41 and 52 words in all both would come once."""
+    asked = recall("fwe(length=520)")
+    for size in range(40):
+        case = asked.case(np.random.default_rng(size), size)
+        counts = Counter(case.context.strip().partition(" coded words. ")[2].split(" "))
+        every = [*sorted(counts.values(), reverse=True), 0]
+        assert every[3] > every[4]
+
+
 def test_one_order_for_all_frequent_words() -> None:
     """The words differ by seed, their places do not."""
     first, second = (
