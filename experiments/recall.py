@@ -5,17 +5,19 @@ rule: the share of the answers that occur in what the model writes.
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
 
 from experiments.held import held_by
 from experiments.question import Answer, Measure, Question, Setting
+from experiments.reading import check_length, compressed, followed
 from framework.backend import Model
 from framework.cache import Cache
 from framework.decode import Sampling
 from framework.errors import KvtwinError
-from framework.generate import prefill
 from framework.tokenizer import Tokenizer
 
 ROOM = 8  # the tokens to write are counted in steps of so many
@@ -24,16 +26,21 @@ ROOM = 8  # the tokens to write are counted in steps of so many
 @dataclass(frozen=True)
 class Turn:
     """What is asked, up to where the answer begins, and what must all come in the answer, in the order asked for. An
-    answer ends with its line."""
+    answer ends with its line.
+
+    `numbered`: a model that knows the answer would write "1. " before the first, and so on.
+    """
 
     text: str
     answers: tuple[str, ...]
     joint: str = " "
+    numbered: bool = False
 
     @property
     def wanted(self) -> str:
         """The answer as a model that knows it would write it."""
-        return " " + self.joint.join(self.answers)
+        each = [f"{number}. {answer}" for number, answer in enumerate(self.answers, 1)]
+        return " " + self.joint.join(each if self.numbered else self.answers)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Recall(Question):
     compresses the context. `room`: tokens to write at each turn (None: those of the longest answer, and a few more).
     """
 
-    measures = (Measure("score", "higher", "share of answers"),)
+    measures: ClassVar[tuple[Measure, ...]] = (Measure("score", "higher", "share of answers"),)
 
     length: int = 512
     aware: bool = False
@@ -60,7 +67,7 @@ class Recall(Question):
     def case(self, random: np.random.Generator, size: int) -> Case:
         """A case with `size` units of filler, from 0 on; the same `random` gives the same one."""
 
-    def marks(self, scores: Sequence[float]) -> dict[str, float]:
+    def marks(self, case: Case, scores: Sequence[float]) -> dict[str, float]:
         """The measures, from the scores of the turns."""
         return {"score": float(np.mean(scores))}
 
@@ -76,50 +83,43 @@ class Recall(Question):
     def ask(self, setting: Setting, seeds: Sequence[int]) -> list[Answer]:
         """Read the contexts as one batch, compress, then ask turn by turn on the same cache."""
         model, tokenizer = setting.model, setting.model.tokenizer
-        cases = [self.draw(tokenizer, seed) for seed in seeds]
+        self._check(model)
+        cases = [
+            setting.once((self, model, "case", seed), partial(self.draw, tokenizer, seed)) for seed in seeds
+        ]
         contexts = [tokenizer.encode(case.context) for case in cases]
         turns = list(zip(*(case.turns for case in cases), strict=True))
         room = self.room or _room(tokenizer, [turn for each in turns for turn in each])
         asked = [[tokenizer.encode(turn.text, opening=False) for turn in each] for each in turns]
         following = sum(max(map(len, each)) + room for each in asked)
-
-        def begin(questions: list[list[int]] | None) -> tuple[Cache, np.ndarray]:
-            return prefill(
-                model,
-                contexts,
-                None,
-                setting.policy,
-                setting.codec,
-                following,
-                None,
-                "prompt",
-                questions=questions,
-            )
-
-        cache, logits = begin(asked[0] if self.aware else None)
+        first = asked[0] if self.aware else None
+        cache, logits = compressed(setting, contexts, following, self.length, first)
         lengths = [
-            len(row) + (len(first) if self.aware else 0)
-            for row, first in zip(contexts, asked[0], strict=True)
+            len(row) + len(question)
+            for row, question in zip(contexts, first or [[]] * len(contexts), strict=True)
         ]
         held = held_by(model, cache, lengths)
         said = []
         for number, questions in enumerate(asked):
             if number or not self.aware:
-                cache.expect(following)
-                out, cache = model.step(questions, cache, phase="decode")
-                logits = out[:, 0]
+                cache, logits = followed(model, questions, cache)
             new, cache = written(model, cache, logits, room)
             said.append([tokenizer.decode(row) for row in new])
         return [
             Answer(
                 seed,
-                self.marks([found(turn, one[row]) for turn, one in zip(case.turns, said, strict=True)]),
+                self.marks(case, [found(turn, one[row]) for turn, one in zip(case.turns, said, strict=True)]),
                 held[row],
                 "\n".join(one[row] for one in said),
                 "\n".join(turn.wanted for turn in case.turns),
             )
             for row, (seed, case) in enumerate(zip(seeds, cases, strict=True))
         ]
+
+    def _check(self, model: Model) -> None:
+        check_length(model.spec, self.length)
+        if self.room is not None and self.room < 1:
+            raise KvtwinError(f"room={self.room}; expected at least 1 token to write, or None")
 
 
 def found(turn: Turn, said: str) -> float:

@@ -12,42 +12,77 @@ a policy may do better, and then its regret is below 0. The first drops nothing 
 from it: it is an analysis only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from experiments.compare import Trace, run
 from framework.backend import Model
 from framework.errors import KvtwinError
 from framework.eviction import resolved
+from framework.policies.snapkv import SnapKV
 from framework.policy import attends, name, policies
+from framework.spec import Layer
 
 Attention = Float[np.ndarray, "kv_heads queries tokens"]
 Kept = Bool[np.ndarray, "kv_heads calls tokens"]
+
+
+def weights_of(
+    layer: Layer,
+    queries: Float[np.ndarray, "*batch kv_heads group queries head_dim"],
+    keys: Float[np.ndarray, "*batch kv_heads tokens head_dim"],
+    first: int,
+) -> Float[np.ndarray, "*batch kv_heads group queries tokens"]:
+    """What rotated queries at positions from `first` on give to each token of a whole text."""
+    wide, held = queries.astype(np.float64), keys.astype(np.float64)
+    logits = np.matmul(wide, held[..., None, :, :].swapaxes(-1, -2)) * layer.scale
+    if layer.softcap is not None:
+        logits = np.tanh(logits / layer.softcap) * layer.softcap
+    places = np.arange(keys.shape[-2])
+    asking = first + np.arange(queries.shape[-2])
+    logits = np.where(attends(asking[:, None], places[None], layer.window), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def attention_of(model: Model, tokens: np.ndarray, prompt: int) -> list[Attention]:
     """What the queries from position `prompt` on give to each token under the full cache, for each layer."""
     taps: dict[str, np.ndarray] = {}
     model.step(tokens[None], logits=None, taps=taps)
-    places, result = np.arange(len(tokens)), []
+    result = []
     for index, layer in enumerate(model.spec.layers):
-        queries, keys = (
-            taps[f"layers.{index}.attention.{which}_rotated"][0].astype(np.float64)
-            for which in ("query", "key")
-        )
-        queries = queries[prompt:].reshape(-1, layer.kv_heads, layer.group, layer.head_dim)
-        logits = np.einsum("qhgd,phd->hgqp", queries, keys) * layer.scale
-        if layer.softcap is not None:
-            logits = np.tanh(logits / layer.softcap) * layer.softcap
-        logits = np.where(attends(places[prompt:, None], places[None], layer.window), logits, -np.inf)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        result.append((weights / weights.sum(-1, keepdims=True)).mean(1))
+        queries, keys = (taps[f"layers.{index}.attention.{which}_rotated"][0] for which in ("query", "key"))
+        grouped = queries[prompt:].reshape(-1, layer.kv_heads, layer.group, layer.head_dim)
+        weights = weights_of(layer, grouped.transpose(1, 2, 0, 3), keys.swapaxes(0, 1), prompt)
+        result.append(weights.mean(1))
     return result
+
+
+def attended(
+    model: Model, texts: Int[np.ndarray, "batch tokens"], prompt: int
+) -> Iterator[
+    tuple[
+        Float[np.ndarray, "batch kv_heads group queries tokens"],
+        Float[np.ndarray, "batch kv_heads tokens head_dim"],
+    ]
+]:
+    """What `attention_of` gives before the mean over a group, and the values, layer by layer for a batch of texts.
+
+    From a cache that holds back every eviction, and that a policy made remember the newest queries: so that it is one
+    compiled call.
+    """
+    count = texts.shape[1] - prompt
+    cache = model.cache(SnapKV(budget=count, window=count), batch=len(texts), length=texts.shape[1])
+    _, cache = model.step(texts, cache, logits=None, evict=False)
+    for layer, held in zip(model.spec.layers, cache.snapshot().layers, strict=True):
+        assert held.queries is not None
+        yield weights_of(layer, held.queries, held.streams["keys"], prompt), held.streams["values"]
 
 
 def mass(attention: Attention, kept: Kept, prompt: int) -> Float[np.ndarray, "kv_heads calls"]:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from framework.errors import KvtwinError
+
 NOISE = (
     "The grass is green.",
     "The sky is blue.",
@@ -27,6 +29,12 @@ NOUNS = (
     "table temple thistle thunder tiger tower trumpet tulip tunnel valley violin wagon walnut whale willow "
     "window winter wolf"
 ).split()
+# Without those that another one contains.
+PLAIN = [
+    word
+    for word in ADJECTIVES + NOUNS
+    if not any(word != other and word in other for other in ADJECTIVES + NOUNS)
+]
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
 
@@ -40,6 +48,12 @@ def pairs_of_words(random: np.random.Generator, count: int) -> list[str]:
     """Different words of the form adjective-noun."""
     places = random.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False)
     return [f"{ADJECTIVES[place // len(NOUNS)]}-{NOUNS[place % len(NOUNS)]}" for place in places]
+
+
+def plain_words(random: np.random.Generator, count: int) -> list[str]:
+    """Different words: adjectives and nouns, and where these are too few, pairs of them among the others."""
+    every = PLAIN + pairs_of_words(random, max(count - len(PLAIN), 0))
+    return [every[place] for place in random.choice(len(every), count, replace=False)]
 
 
 def numbers(random: np.random.Generator, count: int, digits: int = 7) -> list[str]:
@@ -59,6 +73,8 @@ def uuids(random: np.random.Generator, count: int) -> list[str]:
 
 def letters(random: np.random.Generator, count: int, width: int) -> list[str]:
     """Different strings of lower-case letters."""
+    if count > LETTERS.size**width:
+        raise KvtwinError(f"{count} different words of {width} letters; there are {LETTERS.size**width}")
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(random.choice(LETTERS, width))] = None

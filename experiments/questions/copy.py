@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.recall import Case, Recall, Turn
 from experiments.words import letters
+from framework.errors import KvtwinError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,13 @@ class Copy(Recall):
     words: int = 4
     given: int = 2
     width: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.words, self.given) < 1 or self.width < 2:
+            raise KvtwinError(
+                f"words={self.words}, given={self.given}, width={self.width}; "
+                "expected at least one word to come and one given, of 2 letters or more"
+            )
 
     def case(self, random: np.random.Generator, size: int) -> Case:
         every = letters(random, self.given + self.words + size, self.width)

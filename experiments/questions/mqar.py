@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.recall import Case, Recall, Turn
 from experiments.words import letters
+from framework.errors import KvtwinError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,13 @@ class MQAR(Recall):
     pairs: int = 8
     queries: int = 1
     width: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queries <= self.pairs or self.width < 2:
+            raise KvtwinError(
+                f"pairs={self.pairs}, queries={self.queries}, width={self.width}; "
+                "expected 1 query or more, at least as many pairs, and words of 2 letters or more"
+            )
 
     def case(self, random: np.random.Generator, size: int) -> Case:
         drawn = letters(random, 2 * self.pairs, self.width)

@@ -18,7 +18,7 @@ begins as the needle does, so that models that only continue a text can answer, 
 many turns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +68,7 @@ class Niah(Recall):
         asked = random.choice(self.keys, self.queries, replace=False)
         needles = [self._needle(keys[number // self.values], value) for number, value in enumerate(values)]
         order, places = random.permutation(len(needles)), np.sort(random.random(len(needles)))
-        hay, text, used = self._hay(random, size), [], 0
+        hay, text, used = self._hay(random, size, keys), [], 0
         for number, place in zip(order, places, strict=True):
             until = int(place * (size + 1))
             text += [*hay[used:until], needles[number]]
@@ -84,10 +84,14 @@ class Niah(Recall):
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.values_are} for {key} is: {value}."
 
-    def _hay(self, random: np.random.Generator, size: int) -> list[str]:
+    def _hay(self, random: np.random.Generator, size: int, taken: Sequence[str]) -> list[str]:
         if self.haystack == "text":
             return lines(random, size)
         if self.haystack == "noise":
             return noise(size)
         keys, values = (MADE[kind](random, size) for kind in (self.keys_are, self.values_are))
+        # A needle of the haystack with a key that is asked for would be another answer.
+        while clashes := [number for number, key in enumerate(keys) if key in taken]:
+            for number in clashes:
+                [keys[number]] = MADE[self.keys_are](random, 1)
         return [self._needle(key, value) for key, value in zip(keys, values, strict=True)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.recall import Case, Recall, Turn
 from experiments.words import letters, noise
+from framework.errors import KvtwinError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,12 @@ class VariableTracking(Recall):
 
     chains: int = 1
     hops: int = 4
+
+    def __post_init__(self) -> None:
+        if self.chains < 1 or self.hops < 0:
+            raise KvtwinError(
+                f"chains={self.chains}, hops={self.hops}; expected at least one chain, of 0 hops or more"
+            )
 
     def case(self, random: np.random.Generator, size: int) -> Case:
         names = [name.upper() for name in letters(random, self.chains * (self.hops + 1), 5)]
