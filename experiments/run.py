@@ -26,6 +26,7 @@ from experiments import (
     history,
     memory,
     oracle,
+    page,
     regret,
 )
 from framework.errors import KvtwinError
@@ -44,6 +45,7 @@ app.command("explain")(history.command)
 app.command("regret")(regret.command)
 app.command("oracle")(oracle.command)
 app.command("collapse")(collapse.command)
+app.command("report")(page.command)
 
 
 @app.callback()
