@@ -62,9 +62,10 @@ class CacheMap:
         return (self.came <= call) & ((self.went == STAYED) | (self.went > call))
 
     def state(self, call: int) -> np.ndarray:
-        """0 not come yet, 1 evicted before, 2 evicted at this call, 3 held [rows, tokens]."""
-        gone = (self.went != STAYED) & (self.went <= call)
-        return np.where(self.kept(call), 3, np.where(self.went == call, 2, gone.astype(int))).astype(np.uint8)
+        """0 not come yet, 1 evicted before or at the end of the prompt, 2 evicted at this later call, 3 held."""
+        gone = ((self.went != STAYED) & (self.went <= call)).astype(np.uint8)
+        now = (self.went == call) & (call > 0)
+        return np.where(self.kept(call), 3, gone + now).astype(np.uint8)
 
     @cached_property
     def evicted(self) -> int:
@@ -217,4 +218,3 @@ def title(one: CacheMap) -> str:
     """What was run."""
     text = f"{one.choice.question}, seed {one.choice.seed}" if one.choice.question else "held-out text"
     return f"{one.resolved} on {one.choice.model}: {text}"
-

@@ -32,7 +32,9 @@ def drawn_map(frame: "pd.DataFrame", policy: str | None) -> "CacheMap | str":
         return f"The cache map could not be drawn: {error}"
 
 
-def build(frame: "pd.DataFrame", out: Path, title: str, policy: str | None = None, with_map: bool = True) -> Path:
+def build(
+    frame: "pd.DataFrame", out: Path, title: str, policy: str | None = None, with_map: bool = True
+) -> Path:
     """Write the page and what lies beside it into a folder; the path of the page."""
     from experiments.page_sections import gather, write
 
@@ -45,12 +47,14 @@ def build(frame: "pd.DataFrame", out: Path, title: str, policy: str | None = Non
 
 def command(
     results: Annotated[Path, typer.Argument(help="What kvtwin run wrote, as results.sqlite.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, and a PNG and a CSV of each plot.")] = Path(
-        "results/report"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, and a PNG and a CSV of each plot.")
+    ] = Path("results/report"),
     policy: Annotated[
         str | None,
-        typer.Option("--map", help='Policy of the cache map, as in "h2o(budget=64)"; else that of least budget.'),
+        typer.Option(
+            "--map", help='Policy of the cache map, as in "h2o(budget=64)"; else that of least budget.'
+        ),
     ] = None,
     no_map: Annotated[bool, typer.Option("--no-map", help="Leave the cache map out.")] = False,
 ) -> None:

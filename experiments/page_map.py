@@ -1,4 +1,4 @@
-"""The cache map of the page: heads down, tokens across, calls as a slider. A number per head and token, not per call."""
+"""The cache map of the page: heads down, tokens across, calls as a slider; one number per head and token."""
 
 import numpy as np
 from bokeh.layouts import column
@@ -31,7 +31,7 @@ STATE = """
     const state = new Uint8Array(went.length)
     for (let i = 0; i < went.length; i++) {
         const gone = went[i]
-        state[i] = came[i % came.length] > call ? 0 : gone < 0 || gone > call ? 3 : gone == call ? 2 : 1
+        state[i] = came[i % came.length] > call ? 0 : gone < 0 || gone > call ? 3 : gone == call && call > 0 ? 2 : 1
     }
     const before = shown.data.image[0]
     const image = new before.constructor(state.buffer, before.shape)
@@ -81,7 +81,9 @@ def chart(one: CacheMap) -> UIElement:
         title="Tokens after the prompt",
         name="call",
     )
-    slider.js_on_change("value", CustomJS(args={"facts": facts, "tokens": tokens, "shown": shown}, code=STATE))
+    slider.js_on_change(
+        "value", CustomJS(args={"facts": facts, "tokens": tokens, "shown": shown}, code=STATE)
+    )
     plot = _canvas(rows, count, heads)
     mapper = LinearColorMapper(palette=list(STATES.values()), low=-0.5, high=3.5)
     # Row 0 is on top: the y axis runs downwards, and an image begins at its smallest y.
@@ -104,9 +106,7 @@ def chart(one: CacheMap) -> UIElement:
         },
         code=HOVER,
     )
-    plot.add_tools(
-        HoverTool(tooltips=TIP, formatters={"$x": formatter}, renderers=[drawn])
-    )
+    plot.add_tools(HoverTool(tooltips=TIP, formatters={"$x": formatter}, renderers=[drawn]))
     return column(slider, plot)
 
 

@@ -15,6 +15,8 @@ from bokeh.models import (
     ColumnDataSource,
     CustomJS,
     FactorRange,
+    Glyph,
+    GlyphRenderer,
     HoverTool,
     Legend,
     LegendItem,
@@ -95,12 +97,11 @@ def canvas(x: str, rows: pd.DataFrame, main: Main, y_label: str, **options: Any)
     far = 1.03 if x == "share" else 1.05 * (float(np.nanmax(along(rows, x), initial=0)) or 1.0)
     made = figure(
         height=HEIGHT,
-        width=WIDTH,
         tools=TOOLS,
         toolbar_location="above",
         x_range=(0, far),
         y_axis_type=scale,
-        **({"y_range": (start, end)} | options),
+        **({"width": WIDTH, "y_range": (start, end)} | options),
     )
     made.toolbar.logo = None
     made.toolbar.autohide = True
@@ -126,7 +127,7 @@ def quality(rows: pd.DataFrame, main: Main, looks: Mapping[str, Look], name: str
             for axis, x, found in ((left, "share", shown[0]), (right, "allocated", shown[1])):
                 found += _curve(axis, source, lines, columns_of(x), look, dash, is_full(policy))
         _together(shown[1], shown[0])
-        items.append(LegendItem(label=policy, renderers=shown[1]))
+        items.append(LegendItem(label=policy, renderers=shown[1], index=_clean(each)))
     for axis in (left, right):
         points = [each for each in axis.renderers if each.name == "points"]
         axis.add_tools(HoverTool(tooltips=TIPS, renderers=points))
@@ -159,21 +160,41 @@ def _curve(
         mean = float(rows["mean"].mean())
         level = ColumnDataSource({"x": [0, axis.x_range.end], "y": [mean, mean]})
         style = "dashed" if dash == "solid" else "dotted"
-        found.append(axis.add_glyph(level, Line(x="x", y="y", line_color=colour, line_dash=style)))
+        found.append(_glyph(axis, level, Line(x="x", y="y", line_color=colour, line_dash=style)))
     else:
         found.append(
-            axis.add_glyph(source, Line(x=x, y="mean", line_color=colour, line_width=1.8, line_dash=dash))
+            _glyph(axis, source, Line(x=x, y="mean", line_color=colour, line_width=1.8, line_dash=dash))
         )
     found.append(
-        axis.add_glyph(source, Segment(x0=x, x1=x, y0="low", y1="high", line_color=colour, line_alpha=0.55))
+        _glyph(
+            axis,
+            source,
+            Segment(x0=x, x1=x, y0="low", y1="high", line_color=colour, line_alpha=0.6, line_width=1.4),
+        )
     )
     points = Scatter(
         x=x, y="mean", size=8, marker=look.marker, line_color=colour, fill_color="fill", line_width=1.5
     )
-    found.append(axis.add_glyph(source, points, name="points"))
+    found.append(_glyph(axis, source, points, name="points"))
     if any(rows["flags"]):
-        found.append(axis.add_glyph(source, _letters(x, colour)))
+        found.append(_glyph(axis, source, _letters(x, colour)))
     return found
+
+
+def _clean(rows: pd.DataFrame) -> int:
+    """The point that stands in the legend: one without flags, if there is one."""
+    return next((number for number, flags in enumerate(rows["flags"]) if not flags), 0)
+
+
+def _glyph(axis: Any, source: ColumnDataSource, glyph: Glyph, **options: Any) -> GlyphRenderer:
+    """The glyph on a plot whose renderers share one view: each brings two more models otherwise."""
+    first = next((each.view for each in axis.renderers), None)
+    shared = {} if first is None else {"view": first}
+    return axis.add_glyph(source, glyph, **shared, **options)
+
+
+def _whiskers(x: str, colour: str) -> Segment:
+    return Segment(x0=x, x1=x, y0="low", y1="high", line_color=colour, line_alpha=0.6, line_width=1.4)
 
 
 def _letters(x: str, colour: str) -> Text:
@@ -193,7 +214,9 @@ def _together(clicked: Sequence[Any], others: Sequence[Any]) -> None:
 
 
 def _legend(axis: Any, items: Sequence[LegendItem]) -> None:
-    legend = Legend(items=list(items), click_policy="hide", label_text_font_size="11px", border_line_color=None)
+    legend = Legend(
+        items=list(items), click_policy="hide", label_text_font_size="11px", border_line_color=None
+    )
     legend.spacing, legend.padding, legend.margin, legend.glyph_height = 0, 2, 4, 15
     axis.add_layout(legend, "right")
 
@@ -205,17 +228,15 @@ def pareto(rows: pd.DataFrame, main: Main, looks: Mapping[str, Look]) -> UIEleme
     markers, items = codec_markers(rows["codec"]), []
     for policy, each in _ordered(rows):
         look = looks[policy]
-        source = source_of(
-            each, marker=[markers[codec] for codec in each["codec"]], **_looks_of(each, look)
-        )
+        source = source_of(each, marker=[markers[codec] for codec in each["codec"]], **_looks_of(each, look))
         shown = [_dots(axis, source, columns_of(x), look, each) for axis, x in _sides(left, right)]
         _together(shown[1], shown[0])
-        items.append(LegendItem(label=policy, renderers=shown[1]))
+        items.append(LegendItem(label=policy, renderers=shown[1], index=_clean(each)))
     for axis, cost in _sides(left, right):
         on = rows[front(rows, cost, main.sign)].sort_values([cost, "mean"])
         steps = ColumnDataSource({"x": along(on, cost), "y": on["mean"].to_numpy(float)})
-        drawn = axis.add_glyph(
-            steps, Step(x="x", y="y", mode="after", line_color=INK, line_width=1.4), level="underlay"
+        drawn = _glyph(
+            axis, steps, Step(x="x", y="y", mode="after", line_color=INK, line_width=1.4), level="underlay"
         )
         points = [one for one in axis.renderers if one.name == "points"]
         axis.add_tools(HoverTool(tooltips=TIPS, renderers=points))
@@ -223,7 +244,7 @@ def pareto(rows: pd.DataFrame, main: Main, looks: Mapping[str, Look]) -> UIEleme
     nothing = ColumnDataSource({"x": [np.nan], "y": [np.nan]})
     for codec, marker in markers.items():
         shape = Scatter(x="x", y="y", marker=marker, size=8, line_color=QUIET, fill_color=QUIET)
-        items.append(LegendItem(label=codec, renderers=[right.add_glyph(nothing, shape)]))
+        items.append(LegendItem(label=f"codec {codec}", renderers=[right.add_glyph(nothing, shape)]))
     _legend(right, items)
     return row(left, right)
 
@@ -239,13 +260,15 @@ def _dots(axis: Any, source: ColumnDataSource, x: str, look: Look, rows: pd.Data
         x=x, y="mean", size=9, marker="marker", line_color=colour, fill_color="fill", line_width=1.5
     )
     found = [
-        axis.add_glyph(source, points, name="points"),
-        axis.add_glyph(
-            source, Segment(x0=x, x1=x, y0="low", y1="high", line_color=colour, line_alpha=0.55)
+        _glyph(axis, source, points, name="points"),
+        _glyph(
+            axis,
+            source,
+            Segment(x0=x, x1=x, y0="low", y1="high", line_color=colour, line_alpha=0.6, line_width=1.4),
         ),
     ]
     if any(rows["flags"]):
-        found.append(axis.add_glyph(source, _letters(x, colour)))
+        found.append(_glyph(axis, source, _letters(x, colour)))
     return found
 
 
@@ -258,7 +281,9 @@ def setup_label(setup: Mapping[str, Any], budget: float) -> str:
 def differences(found: pd.DataFrame) -> UIElement:
     """A heat table of paired differences for one question, budget and setup, which a menu chooses."""
     names = sorted(set(found["a"]) | set(found["b"]), key=lambda name: (not is_full(name), name))
-    columns: dict[str, list[Any]] = {key: [] for key in ("a", "b", "text", "bounds", "style", "scaled", "ink")}
+    columns: dict[str, list[Any]] = {
+        key: [] for key in ("a", "b", "text", "bounds", "style", "scaled", "ink")
+    }
     places: dict[str, list[int]] = {}
     for setup, rows in groups(found, [*SETUP, "budget"]):
         begin = len(columns["a"])
@@ -282,11 +307,19 @@ def differences(found: pd.DataFrame) -> UIElement:
     mapper = LinearColorMapper(palette=DIVERGING, low=-1, high=1)
     table.add_glyph(
         shown,
-        Rect(x="b", y="a", width=0.97, height=0.96, line_color=None, fill_color={"field": "scaled", "transform": mapper}),
+        Rect(
+            x="b",
+            y="a",
+            width=0.97,
+            height=0.96,
+            line_color=None,
+            fill_color={"field": "scaled", "transform": mapper},
+        ),
     )
     shared = {"x": "b", "y": "a", "text_align": "center", "text_color": "ink"}
     table.add_glyph(
-        shown, Text(text="text", y_offset=0, text_font_size="11px", text_font_style={"field": "style"}, **shared)
+        shown,
+        Text(text="text", y_offset=0, text_font_size="11px", text_font_style={"field": "style"}, **shared),
     )
     table.add_glyph(shown, Text(text="bounds", y_offset=11, text_font_size="8px", **shared))
     table.xaxis.major_label_orientation = 0.8

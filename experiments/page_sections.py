@@ -1,7 +1,7 @@
 """The sections of the page: what each shows, its captions, and the plots that also lie beside it as PNG and CSV."""
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -10,14 +10,16 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.models import UIElement
 from bokeh.resources import Resources
 
-from experiments import page_map, page_plots, page_tables, static_plots
+from experiments import page_map, page_plots, page_tables, page_words, static_plots
 from experiments.cache_map import CacheMap
 from experiments.cache_map import title as map_title
-from experiments.palette import FLAG_NOTE, Look, looks
+from experiments.page_words import caption
+from experiments.palette import Look, looks
 from experiments.record import whole
 from experiments.summary import (
     PANEL,
@@ -28,6 +30,7 @@ from experiments.summary import (
     every_measure,
     failures,
     flagged,
+    front,
     groups,
     mains,
     pairs,
@@ -40,9 +43,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[], "Figure | bytes"]
-INTERVAL = (
-    "Intervals are 95%, of the mean over the seeds of a cell, by the bootstrap (percentiles of 2000 resamples)"
-)
+INTERVAL = "Intervals are 95%, of the mean over the seeds of a cell, by the bootstrap (percentiles of 2000 resamples)"
+ORDER = ["question", "model", "dtype", "codec", "backend", "policy", "budget", "seed"]
 PARETO = ["question", "model", "weights", "dtype", "backend"]
 
 
@@ -84,13 +86,15 @@ class Page:
 
 def gather(frame: pd.DataFrame, one: CacheMap | None, without_map: str) -> Page:
     """All sections of the page. `without_map` says why there is no map where there is none."""
-    frame = told_apart(frame)
+    frame = told_apart(frame).sort_values(ORDER, kind="stable", ignore_index=True)
     main, page = mains(frame), Page()
     every, known = cells(frame, main), looks(frame["policy"])
     long = every_measure(frame)
     page.section("ran", "What ran", _ran(frame, every, main))
     page.section("quality", "Quality against memory", _quality(page, every, main, known))
-    page.section("differences", "Differences on the same prompts", _differences(page, pairs(frame, main), main))
+    page.section(
+        "differences", "Differences on the same prompts", _differences(page, pairs(frame, main), main)
+    )
     page.section("bytes", "Quality against bytes", _bytes(page, every, main, known))
     page.section("cells", "All cells", _cells(page, every, long))
     page.section("regret", "Regret against the oracles", _regret(page, long[long["task"] == "regret"], known))
@@ -133,25 +137,40 @@ def _quality(page: Page, every: pd.DataFrame, main: Mapping[str, Main], known: M
     panels = list(groups(drawable(every), PANEL))
     if not panels:
         return "<p>No cell has both a measure and a cache: nothing to draw.</p>"
-    shown = [(panel_title(key), rows, main[key["question"]]) for key, rows in panels]
-    overview = static_plots.render(static_plots.overview(shown, known))
+    overview = static_plots.render(static_plots.overview(_short(panels, main), known))
     html = [
-        f'<p class="caption">Left against the kept share of the context that was achieved, right against all bytes that '
-        f"the cache allocated for a sequence, each a mean over the seeds. {INTERVAL}; the vertical lines. The dashed "
-        f"line is full(). A second backend is dotted. {FLAG_NOTE} Oracles, where they ran, are grey: they see the "
-        "future. A click on a policy in the legend hides it.</p>",
+        caption(page_words.QUALITY),
         f"<noscript>{_embedded(overview)}</noscript>",
         page.files("quality", lambda: overview, drawable(every)),
     ]
-    for number, (title, rows, judged) in enumerate(shown):
-        picture = partial(static_plots.quality, title, rows, judged, known)
-        html += [
-            f"<h3>{escape(title)}</h3>",
-            f'<p class="caption">{escape(judged.label)}; {seeds_of(rows)}; whiskers: 95% interval of the mean.</p>',
-            page.root(f"quality-{number}", page_plots.quality(rows, judged, known, f"quality-{number}")),
-            page.files(f"quality-{slug(title)}", picture, rows),
-        ]
+    for number, (key, rows) in enumerate(panels):
+        html += _curves(page, panel_title(key), rows, main[key["question"]], known, f"quality-{number}")
     return "\n".join(html)
+
+
+def _curves(
+    page: Page, title: str, rows: pd.DataFrame, judged: Main, known: Mapping[str, Look], name: str
+) -> list[str]:
+    """One panel: its heading, what it is, the plot, and its files."""
+    return [
+        *_heading(title, rows, judged),
+        page.root(name, page_plots.quality(rows, judged, known, name)),
+        page.files(f"quality-{slug(title)}", partial(static_plots.quality, title, rows, judged, known), rows),
+    ]
+
+
+def _heading(title: str, rows: pd.DataFrame, judged: Main) -> list[str]:
+    told = page_words.PANEL.format(measure=escape(judged.told), seeds=seeds_of(rows))
+    return [f"<h3>{escape(title)}</h3>", caption(told)]
+
+
+def _short(
+    panels: Sequence[tuple[dict[str, Any], pd.DataFrame]], main: Mapping[str, Main]
+) -> list[tuple[str, pd.DataFrame, Main]]:
+    """The panels with titles of the question and what differs among them."""
+    differ = (one for one in ("model", "codec", "dtype") if len({key[one] for key, _ in panels}) > 1)
+    names = ["question", *differ]
+    return [(" · ".join(str(key[one]) for one in names), rows, main[key["question"]]) for key, rows in panels]
 
 
 def _embedded(picture: bytes) -> str:
@@ -163,36 +182,28 @@ def _differences(page: Page, found: pd.DataFrame, main: Mapping[str, Main]) -> s
     if not len(found):
         return "<p>No two policies ran on the same prompts under one budget.</p>"
     html = [
-        '<p class="caption">Mean of the row\'s policy less the column\'s, seed by seed on the same prompts under the same '
-        f"budget ({seeds_of(found)}); policies without a budget stand in each. Below it the 95% interval of that mean, "
-        "by the bootstrap; bold where it excludes 0. Blue: the row is better; orange: the column is; scaled to the "
-        "largest difference shown. The intervals are not corrected for the number of comparisons.</p>",
+        caption(page_words.DIFFERENCES.format(seeds=seeds_of(found))),
         page.root("differences", page_plots.differences(found)),
         page.files("differences", None, found),
+        "<details><summary>Pictures and tables by question</summary>",
     ]
     for setup, rows in groups(found, SETUP):
         title = panel_title(setup)
         picture = partial(static_plots.differences_plot, title, rows, main[setup["question"]])
         html.append(page.files(f"differences-{slug(title)}", picture, rows))
-    return "\n".join(html)
+    return "\n".join([*html, "</details>"])
 
 
 def _bytes(page: Page, every: pd.DataFrame, main: Mapping[str, Main], known: Mapping[str, Look]) -> str:
-    html = [
-        '<p class="caption">Every policy (colour) under every codec (marker), against all bytes allocated for a sequence '
-        "(left) and against those of the kept keys and values alone (right). The black line is the Pareto front: no cell "
-        f"takes as little and is better. Oracles are never on it, masked cells not on the right one. {INTERVAL}. "
-        f"{FLAG_NOTE}</p>"
-    ]
+    html = [caption(page_words.BYTES)]
     for number, (key, rows) in enumerate(groups(drawable(every), PARETO)):
         title, judged = panel_title(key), main[key["question"]]
         if not judged.sign:
             continue
-        on = {f"front_{cost}": static_plots.front(rows, cost, judged.sign) for cost in static_plots.COSTS}
+        on = {f"front_{cost}": front(rows, cost, judged.sign) for cost in static_plots.COSTS}
         picture = partial(static_plots.pareto_plot, title, rows, judged, known)
         html += [
-            f"<h3>{escape(title)}</h3>",
-            f'<p class="caption">{escape(judged.label)}; {seeds_of(rows)}; whiskers: 95% interval of the mean.</p>',
+            *_heading(title, rows, judged),
             page.root(f"bytes-{number}", page_plots.pareto(rows, judged, known)),
             page.files(f"bytes-{slug(title)}", picture, rows.assign(**on)),
         ]
@@ -200,44 +211,24 @@ def _bytes(page: Page, every: pd.DataFrame, main: Mapping[str, Main], known: Map
 
 
 def _cells(page: Page, every: pd.DataFrame, long: pd.DataFrame) -> str:
-    return "\n".join(
-        [
-            '<p class="caption">A click on a column sorts by it. low and high bound the 95% interval of the mean over the '
-            "seeds, by the bootstrap; tokens are per kv head and bytes per sequence, means over the seeds. A flag "
-            "stands with the number of seeds that have it.</p>",
-            page.root("cells", page_tables.cell_table(every)),
-            f"<noscript>{page_tables.cells_without_script(every)}</noscript>",
-            page.files("cells", None, every),
-            page.files("measures", None, long),
-        ]
-    )
+    parts = [
+        caption(page_words.CELLS),
+        page.root("cells", page_tables.cell_table(every)),
+        f"<noscript>{page_tables.cells_without_script(every)}</noscript>",
+        page.files("cells", None, every),
+        page.files("measures", None, long),
+    ]
+    return "\n".join(parts)
 
 
 def _regret(page: Page, long: pd.DataFrame, known: Mapping[str, Look]) -> str:
     if not len(long):
         return "<p>The question regret did not run.</p>"
-    html = [
-        '<p class="caption">mass: the share of later attention that goes to kept tokens; future and step: what two oracles '
-        "have with as many tokens, without and with a way back; regret: future less mass, below 0 where a policy does "
-        f"better than the greedy oracle. {INTERVAL}. {FLAG_NOTE}</p>",
-        page_tables.measures(long),
-        page.files("regret", None, long),
-    ]
-    for key, rows in groups(long[long["share"].notna() & (long["n"] > 0)], PANEL):
-        by_name = dict(iter(rows.groupby("measure", sort=False)))
-        if "regret" in by_name:
-            title = f"{panel_title(key)}: regret"
-            judged = Main("regret", "lower", "share of attention")
-            name = f"regret-{slug(title)}"
-            html += [
-                f"<h3>{escape(title)}</h3>",
-                f'<p class="caption">{escape(judged.label)}; {seeds_of(by_name["regret"])}; whiskers: 95% interval of the '
-                "mean.</p>",
-                page.root(name, page_plots.quality(by_name["regret"], judged, known, name)),
-                page.files(
-                    name, partial(static_plots.quality, title, by_name["regret"], judged, known), by_name["regret"]
-                ),
-            ]
+    html = [caption(page_words.REGRET), page_tables.measures(long), page.files("regret", None, long)]
+    shown = long[(long["measure"] == "regret") & long["share"].notna() & (long["n"] > 0)]
+    for number, (key, rows) in enumerate(groups(shown, PANEL)):
+        judged = Main("regret", "lower", "share of attention")
+        html += _curves(page, f"regret: {panel_title(key)}", rows, judged, known, f"regret-{number}")
     return "\n".join(html)
 
 
@@ -247,14 +238,12 @@ def _accounting(page: Page, found: pd.DataFrame) -> str:
 
 def _backends(page: Page, found: pd.DataFrame, drift: pd.DataFrame) -> str:
     html = [
-        '<p class="caption">The same cell on two backends, seed by seed: the share of seeds that kept the same number of '
-        "tokens (fewest, most and mean of a head) and wrote the same text, and the largest difference of the main "
-        "measure.</p>",
+        caption(page_words.BACKENDS),
         page_tables.agreement(found),
         page.files("agreement", None, found),
     ]
     if len(drift):
-        html += ["<h3>drift</h3>", f'<p class="caption">{INTERVAL}.</p>', page_tables.measures(drift)]
+        html += ["<h3>drift</h3>", caption(page_words.INTERVAL), page_tables.measures(drift)]
         html.append(page.files("drift", None, drift))
     return "\n".join(html)
 
@@ -263,23 +252,24 @@ def _map(page: Page, one: CacheMap | None, without: str) -> str:
     if one is None:
         return f"<p>{escape(without)}</p>"
     counts = one.kept(0).sum(-1)
-    return "\n".join(
-        [
-            f"<h3>{escape(map_title(one))}</h3>",
-            '<p class="caption">One run again, on torch, when this page was made: the prompt, then the question and the '
-            "right answer (or the next text) one token a call. Rows are the kv heads of all layers, columns the tokens. "
-            '<span style="color:#0072b2">Blue</span> is held, <span style="color:#d55e00">orange</span> goes at this call, '
-            "grey went before, white has not come yet; triangles mark the answer in the context. Hover for a token's "
-            f"text, and when and why it goes. After the prompt a head holds {counts.min()} to {counts.max()} of "
-            f"{int((one.came == 0).sum())} tokens; {one.evicted} evictions in all. No interval: it is one run.</p>",
-            page.root("map", page_map.chart(one)),
-            page.files("cache-map", partial(static_plots.map_plot, one), one.frame()),
-        ]
+    told = page_words.MAP.format(
+        least=counts.min(), most=counts.max(), prompt=int((one.came == 0).sum()), evicted=one.evicted
     )
+    parts = [
+        f"<h3>{escape(map_title(one))}</h3>",
+        caption(told),
+        page.root("map", page_map.chart(one)),
+        page.files("cache-map", partial(static_plots.map_plot, one), one.frame()),
+    ]
+    return "\n".join(parts)
 
 
 def html_of(page: Page, title: str) -> str:
     """The whole page, with all that it needs inside."""
+    document = Document()
+    with document.models.freeze():  # else each root is searched again for each that comes
+        for root in page.roots.values():
+            document.add_root(root)
     script, divs = components(page.roots) if page.roots else ("", {})
     resources = Resources(mode="inline", components=["bokeh", "bokeh-widgets", "bokeh-tables"]).render()
     body = []
@@ -287,7 +277,7 @@ def html_of(page: Page, title: str) -> str:
         for name, div in divs.items():
             html = html.replace(f"@@{name}@@", div)
         body.append(f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{html}\n</section>')
-    nav = "".join(f'<a href="#{anchor}">{escape(heading)}</a> ' for anchor, heading, _ in page.sections)
+    nav = "".join(f'<a href="#{anchor}">{anchor}</a> ' for anchor, *_ in page.sections)
     form = Template(Path(__file__).with_name("page.html").read_text())
     return form.substitute(
         title=escape(title), resources=resources, nav=nav, body="\n".join(body), script=script
@@ -306,4 +296,3 @@ def write(page: Page, title: str, out: Path) -> Path:
     with whole(target) as temporary:
         temporary.write_text(html_of(page, title))
     return target
-

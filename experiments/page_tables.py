@@ -19,26 +19,26 @@ from experiments.summary import KIB, budget_label, cell_label
 SHOWN = 4  # different values of a fact of the head that are named
 # Titles, widths and formats of the table of cells; a format of None is text.
 CELL_COLUMNS: dict[str, tuple[str, int, str | None]] = {
-    "question": ("question", 190, None),
-    "policy": ("policy", 170, None),
-    "budget": ("budget", 50, "0.[000]"),
-    "codec": ("codec", 80, None),
-    "model": ("model", 60, None),
-    "backend": ("backend", 55, None),
-    "measure": ("measure", 60, None),
-    "mean": ("mean", 55, "0.0000"),
-    "low": ("low", 55, "0.0000"),
-    "high": ("high", 55, "0.0000"),
-    "n": ("seeds", 42, "0"),
-    "failed": ("failed", 42, "0"),
-    "kept": ("kept", 50, "0.0"),
-    "requested": ("requested", 62, "0.0"),
-    "payload_kib": ("held KiB", 58, "0.0"),
-    "allocated_kib": ("alloc. KiB", 60, "0.0"),
-    "full_kib": ("of full KiB", 64, "0.0"),
-    "flagged": ("flags", 160, None),
+    "question": ("question", 185, None),
+    "policy": ("policy", 165, None),
+    "budget": ("budget", 54, "0.[000]"),
+    "codec": ("codec", 75, None),
+    "backend": ("backend", 64, None),
+    "measure": ("measure", 64, None),
+    "mean": ("mean", 56, "0.0000"),
+    "low": ("low", 56, "0.0000"),
+    "high": ("high", 56, "0.0000"),
+    "n": ("seeds", 48, "0"),
+    "flagged": ("flags", 130, None),
+    "kept": ("kept", 52, "0.0"),
+    "requested": ("requested", 74, "0.0"),
+    "payload_kib": ("held KiB", 66, "0.0"),
+    "allocated_kib": ("allocated", 70, "0.0"),
+    "full_kib": ("of full", 56, "0.0"),
+    "failed": ("failed", 48, "0"),
+    "model": ("model", 80, None),
 }
-CELLS_WIDTH, CELLS_HEIGHT = 1180, 480
+CELLS_WIDTH, CELLS_HEIGHT = 1240, 480
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -129,6 +129,7 @@ def cell_table(cells: pd.DataFrame) -> DataTable:
         width=CELLS_WIDTH,
         height=CELLS_HEIGHT,
         index_position=None,
+        reorderable=False,
         autosize_mode="none",
         row_height=22,
         name="cell table",
@@ -195,7 +196,9 @@ def agreement(found: pd.DataFrame) -> str:
     """Cells that ran on two backends, those that differ first."""
     if not len(found):
         return "<p>No cell ran on two backends.</p>"
-    order = found.sort_values(["same_kept", "same_said", "largest"], ascending=[True, True, False], kind="stable")
+    order = found.sort_values(
+        ["same_kept", "same_said", "largest"], ascending=[True, True, False], kind="stable"
+    )
     equal = int(((found["same_kept"] == 1) & (found["same_said"] == 1)).sum())
     rows = (
         (
@@ -224,6 +227,9 @@ def measures(found: pd.DataFrame) -> str:
     rows = []
     for key, each in found.groupby(keys, sort=False, dropna=False):
         by_name = {one["measure"]: with_interval(one) for one in each.to_dict("records")}
-        label = [budget_label(part) if name == "budget" else str(part) for name, part in zip(keys, key, strict=True)]
+        label = [
+            budget_label(part) if name == "budget" else str(part)
+            for name, part in zip(keys, key, strict=True)
+        ]
         rows.append([*label, *(by_name.get(name, "") for name in names)])
     return html_table([*keys, *names], rows)

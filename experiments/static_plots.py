@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from experiments.record import whole
 from experiments.summary import KIB, Main, budget_label, front
 
 DPI = 110
+NUMBERS = 8  # policies up to which a table of differences has room for numbers
 COSTS = {"allocated": "KiB allocated per sequence", "payload": "KiB of kept keys and values per sequence"}
 AXES = {"share": "kept share of the context"} | COSTS
 
@@ -72,12 +74,12 @@ def overview(panels: Sequence[tuple[str, pd.DataFrame, Main]], looks: Mapping[st
     lines = -(-len(panels) // columns)
     every = pd.concat([rows for _, rows, _ in panels])
     foot = 0.45 + 0.22 * -(-every["policy"].nunique() // 4)
-    height = 2.9 * lines + foot
+    height = 2.8 * lines + foot
     figure = Figure(figsize=(3.6 * columns + 0.4, height))
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, (title, rows, main) in zip(axes, panels, strict=False):
         curves(axis, rows, "share", main, looks)
-        axis.set_title(title, fontsize=8.5, loc="left")
+        axis.set_title("\n".join(wrap(title, 48)), fontsize=8.5, loc="left")
         axis.set_ylabel(main.label, fontsize=8)
         axis.set_xlabel(AXES["share"], fontsize=8)
         axis.tick_params(labelsize=8)
@@ -122,12 +124,10 @@ def _line(axis: Axes, rows: pd.DataFrame, x: str, look: Look, style: str) -> Non
 
 
 def _whiskers(axis: Axes, rows: pd.DataFrame, places: np.ndarray, colour: str) -> None:
-    axis.vlines(places, rows["low"], rows["high"], color=colour, lw=1, alpha=0.55, zorder=2)
+    axis.vlines(places, rows["low"], rows["high"], color=colour, lw=1.4, alpha=0.6, zorder=2)
 
 
-def _points(
-    axis: Axes, rows: pd.DataFrame, places: np.ndarray, colour: str, markers: Sequence[str]
-) -> None:
+def _points(axis: Axes, rows: pd.DataFrame, places: np.ndarray, colour: str, markers: Sequence[str]) -> None:
     for place, marker, mean, flags in zip(places, markers, rows["mean"], rows["flags"], strict=True):
         axis.plot(
             [place],
@@ -175,20 +175,24 @@ def pareto_plot(title: str, rows: pd.DataFrame, main: Main, looks: Mapping[str, 
 
 
 def differences_plot(title: str, rows: pd.DataFrame, main: Main) -> Figure:
-    """Mean paired differences, row less column, one square for each budget; bold where the interval excludes 0."""
+    """Mean paired differences, row less column, one square for each budget; bold, or a dot where there are too many
+    policies for numbers, where the interval excludes 0."""
     budgets, names = sorted(rows["budget"].unique()), list(dict.fromkeys(rows["a"]))
-    side = 0.42 * len(names) + 0.3
+    side = (0.42 if len(names) <= NUMBERS else 0.22) * len(names) + 0.3
     left = 0.4 + 0.075 * max(map(len, names))
-    width, height = left + len(budgets) * (side + 0.15), side + left + 0.8
+    width, height = left + len(budgets) * (side + 0.15), side + left + 0.9
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, len(budgets), squeeze=False)[0]
     most = float(np.nanmax(np.abs(rows["gain"]), initial=0)) or 1.0
     for number, (axis, budget) in enumerate(zip(axes, budgets, strict=True)):
         each = rows[(rows["budget"] == budget) | (np.isnan(budget) & rows["budget"].isna())]
-        grid = np.full((len(names), len(names)), np.nan)
+        grid, marks = np.full((len(names), len(names)), np.nan), []
         for one in each.itertuples():
             y, x = names.index(one.a), names.index(one.b)
             grid[y, x] = one.gain
+            if len(names) > NUMBERS:
+                marks.append((x, y, "white" if abs(one.gain) > 0.6 * most else INK) if one.excludes else None)
+                continue
             axis.text(
                 x,
                 y,
@@ -199,14 +203,21 @@ def differences_plot(title: str, rows: pd.DataFrame, main: Main) -> Figure:
                 weight="bold" if one.excludes else "normal",
                 color="white" if abs(one.gain) > 0.6 * most else INK,
             )
+        if spots := [mark for mark in marks if mark]:
+            xs, ys, colours = zip(*spots, strict=True)
+            axis.scatter(xs, ys, s=7, c=colours)
         axis.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="equal")
         axis.set_title(budget_label(budget) or "no budget", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=7)
         axis.tick_params(length=0)
-    figure.suptitle(f"{title}: {main.name}, row less column", fontsize=10, x=0.01, ha="left")
+    told = "bold" if len(names) <= NUMBERS else "a dot"
+    note = f"row less column; blue: the row is better; {told}: the 95% interval excludes 0"
+    figure.suptitle(
+        "\n".join(wrap(f"{title}: {main.name}, {note}", int(13 * width))), fontsize=9, x=0.01, ha="left"
+    )
     figure.subplots_adjust(
-        left=left / width, right=0.995, top=1 - 0.62 / height, bottom=left / height, wspace=0.06
+        left=left / width, right=0.995, top=1 - 0.75 / height, bottom=left / height, wspace=0.06
     )
     return figure
 
@@ -287,7 +298,7 @@ def _handles(
         entry(each, looks[each].colour, "circle" if plain else looks[each].marker, lw=0 if plain else 1.4)
         for each in names
     ]
-    handles += [entry(codec, QUIET, marker, lw=0) for codec, marker in (codecs or {}).items()]
+    handles += [entry(f"codec {codec}", QUIET, marker, lw=0) for codec, marker in (codecs or {}).items()]
     if plain:
         handles.append(Line2D([], [], color=INK, lw=1, label="Pareto front"))
     elif len(set(rows["backend"])) > 1:

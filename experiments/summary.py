@@ -43,10 +43,13 @@ class Main:
 
     @property
     def label(self) -> str:
-        """For an axis: what it is, its unit, and which way is better."""
-        unit = f", {self.unit}" if self.unit else ""
-        better = f" ({self.better} is better)" if self.better else ""
-        return f"{self.name}{unit}{better}"
+        """For an axis: what it is, and its unit."""
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    @property
+    def told(self) -> str:
+        """For a caption: what it is, its unit, and which way is better."""
+        return f"{self.label} ({self.better} is better)" if self.better else self.label
 
 
 def declared(question: str) -> tuple[Measure, ...]:
@@ -218,7 +221,8 @@ def _turned(one: Mapping[str, Any]) -> dict[str, Any]:
 def pareto(cost: Sequence[float] | np.ndarray, value: Sequence[float] | np.ndarray, sign: int) -> np.ndarray:
     """Which points no other one beats: none costs as little and is as good, and is better in one of both.
 
-    `sign`: 1 where more value is better, -1 where less is, 0 where neither is, and nothing is on the front. NaN never is.
+    `sign`: 1 where more value is better, -1 where less is, 0 where neither is: nothing is on the front then. NaN is
+    never.
     """
     given, worth = np.asarray(cost, float), sign * np.asarray(value, float)
     front = np.zeros(len(given), bool)
@@ -235,7 +239,7 @@ def pareto(cost: Sequence[float] | np.ndarray, value: Sequence[float] | np.ndarr
 def front(rows: pd.DataFrame, cost: str, sign: int) -> np.ndarray:
     """Which cells are on the Pareto front of the measure against `cost`, a column of bytes.
 
-    Oracles never are, since nobody can build them; nor are masked cells on that of the payload, which they did not free.
+    Oracles never are, since nobody can build them; nor are masked cells on that of the payload: they did not free it.
     """
     out = rows["method"].str.startswith("oracle").to_numpy()
     if cost == "payload":
@@ -326,9 +330,7 @@ def cell_label(key: Mapping[str, Any]) -> str:
     """A cell in one line, for messages."""
     budget = budget_label(key["budget"])
     at = f" at {budget}" if budget else ""
-    return (
-        f"{key['policy']}{at}, {key['codec']}, {key['backend']} {key['dtype']}, {key['question']}, {key['model']}"
-    )
+    return f"{key['policy']}{at}, {key['codec']}, {key['backend']} {key['dtype']}, {key['question']}, {key['model']}"
 
 
 def slug(text: str) -> str:

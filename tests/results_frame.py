@@ -1,5 +1,5 @@
-"""A frame of results as experiments.results.read gives it, made up: every axis of a different size, with flags, failures,
-a question that is gone, and policies without a budget.
+"""A frame of results as experiments.results.read gives it, made up: every axis of a different size, with flags,
+failures, a question that is gone, and policies without a budget.
 """
 
 from collections.abc import Sequence
@@ -74,22 +74,28 @@ def _row(
     requested = budget if budget >= 1 else np.ceil(budget * context)
     kept = context if np.isnan(budget) else min(requested, context)
     share, width = kept / context, 0.3 if codec == "int8()" else 1.0
-    skill = {"full": 0.99, "oracle_future": 0.97, "h2o": 0.7, "snapkv": 0.8, "window": 0.55}.get(key["method"], 0.6)
+    skill = {"full": 0.99, "oracle_future": 0.97, "h2o": 0.7, "snapkv": 0.8, "window": 0.55}.get(
+        key["method"], 0.6
+    )
     score = float(np.clip(skill * share**0.3 + random.normal(0, 0.08), 0, 1))
     raised = tuple(flag for flag in FLAGS if random.random() < flags) if not np.isnan(budget) else ()
-    return key | facts | {
-        "measure.score": score,
-        "measure.loss": 1.0 - score,
-        "context": context,
-        "requested": requested,
-        "kept_min": kept - ("missed_budget" in raised),
-        "kept_max": kept,
-        "kept": float(kept),
-        "payload": int(1024 * width * kept),
-        "allocated": int(1100 * width * kept) + 4096,
-        "full": 1024 * context,
-        "flags": raised,
-        "said": f" {seed}",
-        "wanted": f" {seed}",
-        "error": "",
-    }
+    return (
+        key
+        | facts
+        | {
+            "measure.score": score,
+            "measure.loss": 1.0 - score,
+            "context": context,
+            "requested": requested,
+            "kept_min": kept - ("missed_budget" in raised),
+            "kept_max": kept,
+            "kept": float(kept),
+            "payload": int(1024 * width * kept),
+            "allocated": int(1100 * width * kept) + 4096,
+            "full": 1024 * context,
+            "flags": raised,
+            "said": f" {seed}",
+            "wanted": f" {seed}",
+            "error": "",
+        }
+    )

@@ -51,7 +51,8 @@ def page(chromium: Any, report: Path, seen: dict[str, list[str]]) -> Iterator[An
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, offline=True)
     opened = context.new_page()
     opened.on(
-        "console", lambda said: seen["errors"].append(said.text) if said.type in ("error", "warning") else None
+        "console",
+        lambda said: seen["errors"].append(said.text) if said.type in ("error", "warning") else None,
     )
     opened.on("pageerror", lambda error: seen["errors"].append(str(error)))
     opened.on("request", lambda request: seen["requests"].append(request.url))
@@ -61,7 +62,9 @@ def page(chromium: Any, report: Path, seen: dict[str, list[str]]) -> Iterator[An
     context.close()
 
 
-def test_it_loads_without_errors_and_without_a_network(page: Any, seen: dict[str, list[str]], report: Path) -> None:
+def test_it_loads_without_errors_and_without_a_network(
+    page: Any, seen: dict[str, list[str]], report: Path
+) -> None:
     assert seen["errors"] == []
     assert [url for url in seen["requests"] if not url.startswith("data:")] == [report.as_uri()]
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,10 @@ def _column(page: Any, number: int) -> list[float]:
     found = [
         (float(one.evaluate("row => parseFloat(row.style.top) || row.offsetTop")), one) for one in rows.all()
     ]
-    texts = [one.locator(".slick-cell").nth(number).inner_text() for _, one in sorted(found, key=lambda each: each[0])]
+    texts = [
+        one.locator(".slick-cell").nth(number).inner_text()
+        for _, one in sorted(found, key=lambda each: each[0])
+    ]
     return [float(text) for text in texts if text.strip() not in ("", "-")]
 
 

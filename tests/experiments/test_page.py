@@ -1,4 +1,4 @@
-"""experiments/page.py and what it is made of: one file that needs no network, holds every cell, and marks every flag."""
+"""experiments/page.py and its parts: one file that needs no network, holds every cell and marks every flag."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from bokeh.plotting import figure
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from experiments.cache_map import Choice, CacheMap, cache_map
+from experiments.cache_map import CacheMap, Choice, cache_map
 from experiments.page import build
 from experiments.page_sections import Page, gather, html_of
 from experiments.page_tables import CELL_COLUMNS, cell_table, sentence, with_interval
@@ -31,9 +31,13 @@ QUESTION = "mqar(length=120, pairs=3)"
 
 @pytest.fixture(scope="module")
 def frame() -> pd.DataFrame:
-    made = results(questions=(*QUESTIONS[1:], QUESTION), budgets=(0.1, 48.0), policies=POLICIES[:3], seeds=3, seed=2)
+    made = results(
+        questions=(*QUESTIONS[1:], QUESTION), budgets=(0.1, 48.0), policies=POLICIES[:3], seeds=3, seed=2
+    )
     made["model"] = "recall"
-    regret = results(questions=("regret()",), policies=POLICIES[1:3], budgets=(0.1,), seeds=2, codecs=("full()",))
+    regret = results(
+        questions=("regret()",), policies=POLICIES[1:3], budgets=(0.1,), seeds=2, codecs=("full()",)
+    )
     regret = regret.drop(columns=["measure.score", "measure.loss"]).assign(
         **{f"measure.{name}": 0.125 for name in ("regret", "mass", "future", "step")}
     )
@@ -120,7 +124,9 @@ def test_every_section_is_there_and_named_above(html, page):
     assert anchors == "ran quality differences bytes cells regret accounting backends map".split()
     found = parsed(html)
     assert [given["id"] for tag, given in found.tags if tag == "section"] == anchors
-    assert [given["href"] for tag, given in found.tags if tag == "a"][: len(anchors)] == [f"#{a}" for a in anchors]
+    assert [given["href"] for tag, given in found.tags if tag == "a"][: len(anchors)] == [
+        f"#{a}" for a in anchors
+    ]
     for name in page.roots:
         assert f"@@{name}@@" not in html
 
@@ -156,7 +162,9 @@ def test_the_table_holds_every_cell(every):
 
 
 def test_the_table_without_a_script_holds_every_cell(html, every):
-    (text,) = [each for each in re.findall(r"<noscript>(.*?)</noscript>", html, re.DOTALL) if "<table" in each]
+    (text,) = [
+        each for each in re.findall(r"<noscript>(.*?)</noscript>", html, re.DOTALL) if "<table" in each
+    ]
     rows = re.findall(r"<tr><td>.*?</tr>", text, re.DOTALL)
     assert len(rows) == len(every)
     for row, one in zip(rows, every.to_dict("records"), strict=True):
@@ -175,7 +183,9 @@ def test_every_drawable_cell_is_a_point_of_its_panel(page, every):
         for one in points(roots)
         for policy, mean in zip(one.data_source.data["policy"], one.data_source.data["mean"], strict=True)
     ]
-    wanted = [(one["policy"], round(np.float32(one["mean"]).item(), 5)) for one in drawable.to_dict("records")]
+    wanted = [
+        (one["policy"], round(np.float32(one["mean"]).item(), 5)) for one in drawable.to_dict("records")
+    ]
     assert sorted(drawn) == sorted(wanted * 2)  # against the kept share, and against bytes
 
 
@@ -195,7 +205,9 @@ def test_flagged_cells_are_hollow_in_every_plot(page):
             hollow += fill == "white"
             assert one.glyph.line_color == known[policy].colour
         assert any(
-            isinstance(each, GlyphRenderer) and each.data_source is one.data_source and hasattr(each.glyph, "text")
+            isinstance(each, GlyphRenderer)
+            and each.data_source is one.data_source
+            and hasattr(each.glyph, "text")
             for root in page.roots.values()
             for each in root.select({"type": GlyphRenderer})
         ) == any(data["letters"])
@@ -234,7 +246,14 @@ def test_every_flagged_cell_is_told_in_words(html, frame):
     ],
 )
 def test_the_words_of_a_flag(flag, words):
-    one = {"policy": "a()", "budget": 0.5, "codec": "c()", "backend": "torch", "dtype": "float32", "question": "q()"}
+    one = {
+        "policy": "a()",
+        "budget": 0.5,
+        "codec": "c()",
+        "backend": "torch",
+        "dtype": "float32",
+        "question": "q()",
+    }
     one |= {"model": "m", "flag": flag, "count": 2, "seeds": 3, "kept_min": 3, "kept_max": 9, "kept": 5.0}
     one |= {"requested": 7.0, "context": 20.0, "allocated": 4096, "full": 3072}
     told = sentence(one)
@@ -244,9 +263,16 @@ def test_the_words_of_a_flag(flag, words):
 
 
 def test_a_page_without_flags_and_failures_says_so():
-    clean = results(questions=QUESTIONS[:1], flags=0, failures=0, seeds=2, codecs=("full()",), backends=("torch",))
+    clean = results(
+        questions=QUESTIONS[:1], flags=0, failures=0, seeds=2, codecs=("full()",), backends=("torch",)
+    )
     text = html_of(gather(clean, None, "The cache map was left out."), "clean")
-    for words in ("No cell is flagged", "No cell failed", "No cell ran on two backends", "regret did not run"):
+    for words in (
+        "No cell is flagged",
+        "No cell failed",
+        "No cell ran on two backends",
+        "regret did not run",
+    ):
         assert words in text
     assert "The cache map was left out." in text
 
@@ -331,7 +357,9 @@ def test_the_map_of_the_page_has_a_number_for_each_place_and_none_for_each_call(
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """`kvtwin report` on a small frame, whatever the file is called."""
-    small = results(questions=(QUESTION,), policies=("full()", "h2o()"), budgets=(0.25,), seeds=2, codecs=("full()",))
+    small = results(
+        questions=(QUESTION,), policies=("full()", "h2o()"), budgets=(0.25,), seeds=2, codecs=("full()",)
+    )
     small["model"] = "recall"
     monkeypatch.setitem(sys.modules, "experiments.results", SimpleNamespace(read=lambda path: small))
     monkeypatch.chdir(tmp_path)
@@ -355,7 +383,8 @@ def test_the_command_draws_another_map_or_none(command):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(("--map", "nosuch(budget=4)"), "no policy is called"), (("--map", "h2o", "--no-map"), "both")]
+    ("words", "message"),
+    [(("--map", "nosuch(budget=4)"), "no policy is called"), (("--map", "h2o", "--no-map"), "both")],
 )
 def test_what_the_command_refuses(command, words, message):
     done = command(*words)

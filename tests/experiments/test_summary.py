@@ -41,7 +41,9 @@ def frame() -> pd.DataFrame:
 
 def keyed(row):
     """The cell of a row, with None for NaN, so that it can be compared."""
-    return tuple(None if isinstance(row[name], float) and math.isnan(row[name]) else row[name] for name in CELL)
+    return tuple(
+        None if isinstance(row[name], float) and math.isnan(row[name]) else row[name] for name in CELL
+    )
 
 
 def by_cell(frame):
@@ -214,17 +216,29 @@ def test_equal_seeds_are_compared_and_never_other_budgets_or_setups(frame):
     found = pairs(frame, SCORE)
     assert found["n"].min() >= 2
     lookup = {
-        (e["question"], e["codec"], e["backend"], e["policy"], None if math.isnan(e["budget"]) else e["budget"]): {}
+        (
+            e["question"],
+            e["codec"],
+            e["backend"],
+            e["policy"],
+            None if math.isnan(e["budget"]) else e["budget"],
+        ): {}
         for e in frame.to_dict("records")
     }
     for e in frame.to_dict("records"):
         if not e["error"]:
             budget = None if math.isnan(e["budget"]) else e["budget"]
-            lookup[e["question"], e["codec"], e["backend"], e["policy"], budget][e["seed"]] = e["measure.score"]
+            lookup[e["question"], e["codec"], e["backend"], e["policy"], budget][e["seed"]] = e[
+                "measure.score"
+            ]
     for one in found.to_dict("records"):
         sides = [
             lookup[
-                one["question"], one["codec"], one["backend"], one[side], None if one[side] == "full()" else one["budget"]
+                one["question"],
+                one["codec"],
+                one["backend"],
+                one[side],
+                None if one[side] == "full()" else one["budget"],
             ]
             for side in "ab"
         ]
@@ -329,7 +343,8 @@ def test_agreement_needs_no_cache_and_no_measure():
 
 
 @pytest.mark.parametrize(
-    ("budget", "label"), [(0.25, "25%"), (0.125, "12.5%"), (64.0, "64 tokens"), (1.0, "1 tokens"), (math.nan, "")]
+    ("budget", "label"),
+    [(0.25, "25%"), (0.125, "12.5%"), (64.0, "64 tokens"), (1.0, "1 tokens"), (math.nan, "")],
 )
 def test_budgets_in_words(budget, label):
     assert budget_label(budget) == label
@@ -341,7 +356,11 @@ def test_provenance_is_gathered(frame):
 
 def test_a_model_of_several_weights_is_told_apart():
     made = pd.DataFrame(
-        [row(model="a", weights="123456789"), row(model="a", weights="abcdefghi"), row(model="b", weights="123456789")]
+        [
+            row(model="a", weights="123456789"),
+            row(model="a", weights="abcdefghi"),
+            row(model="b", weights="123456789"),
+        ]
     )
     assert told_apart(made)["model"].tolist() == ["a 12345678", "a abcdefgh", "b"]
 
@@ -361,7 +380,8 @@ def test_a_policy_looks_the_same_whatever_stands_beside_it_but_for_its_number():
 
 
 @pytest.mark.parametrize(
-    ("values", "scale"), [([0.1, 0.9], "linear"), ([1e-4, 3.0], "log"), ([-2.0, 5.0], "linear"), ([7.0, 7.0], "linear")]
+    ("values", "scale"),
+    [([0.1, 0.9], "linear"), ([1e-4, 3.0], "log"), ([-2.0, 5.0], "linear"), ([7.0, 7.0], "linear")],
 )
 def test_axes_hold_their_values(values, scale):
     start, end, found = bounds([*values, math.nan])
