@@ -33,10 +33,10 @@ from experiments.summary import (
     front,
     groups,
     mains,
+    ordered,
     pairs,
     provenance,
     slug,
-    told_apart,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 Draw = Callable[[], "Figure | bytes"]
 INTERVAL = "Intervals are 95%, of the mean over the seeds of a cell, by the bootstrap (percentiles of 2000 resamples)"
-ORDER = ["question", "model", "dtype", "codec", "backend", "policy", "budget", "seed"]
 PARETO = ["question", "model", "weights", "dtype", "backend"]
 
 
@@ -86,7 +85,7 @@ class Page:
 
 def gather(frame: pd.DataFrame, one: CacheMap | None, without_map: str) -> Page:
     """All sections of the page. `without_map` says why there is no map where there is none."""
-    frame = told_apart(frame).sort_values(ORDER, kind="stable", ignore_index=True)
+    frame = ordered(frame)
     main, page = mains(frame), Page()
     every, known = cells(frame, main), looks(frame["policy"])
     long = every_measure(frame)

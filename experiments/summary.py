@@ -21,6 +21,7 @@ from framework.errors import KvtwinError
 SETUP = ["question", "task", "model", "weights", "codec", "backend", "dtype"]
 CELL = ["question", "task", "model", "weights", "policy", "method", "budget", "codec", "backend", "dtype"]
 PANEL = ["question", "model", "weights", "dtype", "codec"]
+ORDER = ["question", "model", "dtype", "codec", "backend", "policy", "budget", "seed"]
 HELD = ["context", "requested", "kept_min", "kept_max", "kept", "payload", "allocated", "full"]
 MEASURE = "measure."
 KIB = 1024
@@ -308,6 +309,11 @@ def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
     several = frame.groupby("model")["weights"].transform("nunique") > 1
     names = frame["model"].where(~several, frame["model"] + " " + frame["weights"].astype(str).str[:8])
     return frame.assign(model=names)
+
+
+def ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows by what they are of, whatever the order in which they ran, with `told_apart`."""
+    return told_apart(frame).sort_values(ORDER, kind="stable", ignore_index=True)
 
 
 def provenance(frame: pd.DataFrame) -> dict[str, list[str]]:
