@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from experiments.cache_map import CacheMap, Choice, cache_map
 from experiments.page import build
-from experiments.page_sections import Page, gather, html_of
+from experiments.page_sections import Page, gather, html_of, write
 from experiments.page_tables import CELL_COLUMNS, cell_table, sentence, with_interval
 from experiments.palette import looks
 from experiments.run import app
 from experiments.static_plots import curves
-from experiments.summary import KIB, agreement, cells, flagged, mains, pairs
+from experiments.summary import KIB, agreement, cells, flagged, mains, ordered, pairs
 from framework.errors import KvtwinError
 from tests.results_frame import HOSTILE, POLICIES, QUESTIONS, results
 
@@ -32,7 +32,7 @@ QUESTION = "mqar(length=120, pairs=3)"
 @pytest.fixture(scope="module")
 def frame() -> pd.DataFrame:
     made = results(
-        questions=(*QUESTIONS[1:], QUESTION), budgets=(0.1, 48.0), policies=POLICIES[:3], seeds=3, seed=2
+        questions=("gone()", QUESTION), budgets=(0.1, 48.0), policies=POLICIES[:3], seeds=3, seed=2
     )
     made["model"] = "recall"
     regret = results(
@@ -41,7 +41,7 @@ def frame() -> pd.DataFrame:
     regret = regret.drop(columns=["measure.score", "measure.loss"]).assign(
         **{f"measure.{name}": 0.125 for name in ("regret", "mass", "future", "step")}
     )
-    return pd.concat([made, regret], ignore_index=True)
+    return ordered(pd.concat([made, regret], ignore_index=True))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,16 @@ def page(frame: pd.DataFrame, mapped: CacheMap) -> Page:
 
 
 @pytest.fixture(scope="module")
-def html(page: Page) -> str:
-    return html_of(page, "kvtwin: results.sqlite")
+def place(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the page."""
+    made = tmp_path_factory.mktemp("report")
+    assert write(page, "kvtwin: results.sqlite", made) == made / "report.html"
+    return made
+
+
+@pytest.fixture(scope="module")
+def html(place: Path) -> str:
+    return (place / "report.html").read_text()
 
 
 class Tags(HTMLParser):
@@ -192,8 +200,8 @@ def test_every_drawable_cell_is_a_point_of_its_panel(page, every):
 # Flags
 
 
-def test_flagged_cells_are_hollow_in_every_plot(page):
-    known = looks(POLICIES)
+def test_flagged_cells_are_hollow_in_every_plot(page, frame):
+    known = looks(frame["policy"])
     found = points([root for name, root in page.roots.items() if name not in ("cells", "map", "differences")])
     hollow = 0
     for one in found:
@@ -280,34 +288,32 @@ def test_a_page_without_flags_and_failures_says_so():
 # Beside the page
 
 
-def test_pictures_and_tables_lie_beside_the_page(page, frame, every, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.page.drawn_map", lambda *given: "none here")
-    build(frame, tmp_path, "a title", with_map=True)
-    names = {path.name for path in tmp_path.iterdir()}
+def test_pictures_and_tables_lie_beside_the_page(page, place, frame, every):
+    names = {path.name for path in place.iterdir()}
     assert "report.html" in names
     assert not [name for name in names if name.startswith(".")]
-    pictures = {f"{name}.png" for name in page.pictures} - {"cache-map.png"}
-    tables = {f"{name}.csv" for name in page.tables} - {"cache-map.csv"}
+    pictures = {f"{name}.png" for name in page.pictures}
+    tables = {f"{name}.csv" for name in page.tables}
     assert names == pictures | tables | {"report.html"}
     assert {name.removesuffix(".png") for name in pictures} <= {name.removesuffix(".csv") for name in tables}
     for name in pictures:
-        picture = imread(tmp_path / name)
+        picture = imread(place / name)
         assert min(picture.shape[:2]) > 150
         assert picture.std() > 0.02
-    read = pd.read_csv(tmp_path / "cells.csv", keep_default_na=False, na_values=[""])
+    read = pd.read_csv(place / "cells.csv", keep_default_na=False, na_values=[""])
     shown = every.assign(flags=[" ".join(flags) for flags in every["flags"]])
     assert read["policy"].tolist() == shown["policy"].tolist()
     for name in ("flags", "flagged", "error"):
         assert read[name].fillna("").tolist() == shown[name].tolist()
     for name in ("budget", "mean", "low", "high", "share", "kept", "allocated", "payload"):
         np.testing.assert_allclose(read[name].to_numpy(float), shown[name].to_numpy(float))
-    differences = pd.read_csv(tmp_path / "differences.csv")
+    differences = pd.read_csv(place / "differences.csv")
     wanted = pairs(frame, mains(frame))
     assert differences[["a", "b"]].to_numpy().tolist() == wanted[["a", "b"]].to_numpy().tolist()
     np.testing.assert_allclose(differences["mean"], wanted["mean"])
-    agreed = pd.read_csv(tmp_path / "agreement.csv")
+    agreed = pd.read_csv(place / "agreement.csv")
     np.testing.assert_allclose(agreed["largest"], agreement(frame, mains(frame))["largest"])
-    front = pd.read_csv(next(tmp_path.glob("bytes-mqar-length-120*torch.csv")))
+    front = pd.read_csv(next(place.glob("bytes-mqar-length-120*torch.csv")))
     assert front["front_allocated"].any()
 
 
