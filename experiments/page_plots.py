@@ -119,7 +119,8 @@ def quality(rows: pd.DataFrame, main: Main, looks: Mapping[str, Look], name: str
     right = canvas("allocated", rows, main, "", y_range=left.y_range, width=WIDTH + LEGEND)
     backends, items = list(dict.fromkeys(rows["backend"])), []
     for policy, each in _ordered(rows):
-        look, shown = looks[policy], ([], [])
+        look = looks[policy]
+        shown: tuple[list[GlyphRenderer], list[GlyphRenderer]] = ([], [])
         for backend, lines in each.groupby("backend", sort=False):
             dash = "solid" if backend == backends[0] else "dotted"
             lines = lines.sort_values("share", kind="stable")
