@@ -35,8 +35,14 @@ def frame() -> pd.DataFrame:
         questions=("gone()", QUESTION), budgets=(0.1, 48.0), policies=POLICIES[:3], seeds=3, seed=2
     )
     made["model"] = "recall"
+    made = made[(made["backend"] == "torch") | (made["question"] == QUESTION)]
     regret = results(
-        questions=("regret()",), policies=POLICIES[1:3], budgets=(0.1,), seeds=2, codecs=("full()",)
+        questions=("regret()",),
+        policies=POLICIES[1:3],
+        budgets=(0.1,),
+        seeds=2,
+        codecs=("full()",),
+        backends=("torch",),
     )
     regret = regret.drop(columns=["measure.score", "measure.loss"]).assign(
         **{f"measure.{name}": 0.125 for name in ("regret", "mass", "future", "step")}
