@@ -33,6 +33,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from experiments.palette import (
+    DIVERGING,
     INK,
     QUIET,
     Look,
@@ -56,18 +57,6 @@ TIPS = [
     ("KiB held, allocated, full", "@payload_kib{0.0}, @allocated_kib{0.0}, @full_kib{0.0}"),
     ("flags", "@flags"),
 ]
-# Blue is better, orange worse: from ColorBrewer's PuOr and Blues, told apart by the colour-blind.
-DIVERGING = (
-    "#b35806",
-    "#e08214",
-    "#fdb863",
-    "#fee0b6",
-    "#f7f7f7",
-    "#d1e5f0",
-    "#92c5de",
-    "#4393c3",
-    "#2166ac",
-)
 
 
 def source_of(rows: pd.DataFrame, **more: Any) -> ColumnDataSource:

@@ -32,7 +32,19 @@ MARKERS = {
     "star": "*",
 }
 WIDE = 50  # an axis whose values differ by more than this factor is logarithmic
-INK, QUIET, WRONG = "#222222", "#767676", "#b00020"
+INK, QUIET = "#222222", "#767676"
+# Blue is better, orange worse: from ColorBrewer's PuOr and Blues, told apart by the colour-blind.
+DIVERGING = (
+    "#b35806",
+    "#e08214",
+    "#fdb863",
+    "#fee0b6",
+    "#f7f7f7",
+    "#d1e5f0",
+    "#92c5de",
+    "#4393c3",
+    "#2166ac",
+)
 # What a place of the cache map is, by its number.
 STATES = {"not come yet": "#ffffff", "evicted": "#e3e3e3", "evicted now": "#d55e00", "held": "#0072b2"}
 # One letter for each flag, beside its point.

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.cache_map import CacheMap
 from experiments.cache_map import title as map_title
 from experiments.palette import (
+    DIVERGING,
     INK,
     MARKERS,
     QUIET,
@@ -31,6 +32,7 @@ from experiments.record import whole
 from experiments.summary import KIB, Main, budget_label, front
 
 DPI = 110
+SHADES = LinearSegmentedColormap.from_list("differences", DIVERGING)
 NUMBERS = 8  # policies up to which a table of differences has room for numbers
 COSTS = {"allocated": "KiB allocated per sequence", "payload": "KiB of kept keys and values per sequence"}
 AXES = {"share": "kept share of the context"} | COSTS
@@ -179,7 +181,7 @@ def differences_plot(title: str, rows: pd.DataFrame, main: Main) -> Figure:
     policies for numbers, where the interval excludes 0."""
     budgets, names = sorted(rows["budget"].unique()), list(dict.fromkeys(rows["a"]))
     side = (0.42 if len(names) <= NUMBERS else 0.22) * len(names) + 0.3
-    left = 0.4 + 0.075 * max(map(len, names))
+    left = 0.4 + 0.062 * max(map(len, names))
     width, height = left + len(budgets) * (side + 0.15), side + left + 0.9
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, len(budgets), squeeze=False)[0]
@@ -206,7 +208,13 @@ def differences_plot(title: str, rows: pd.DataFrame, main: Main) -> Figure:
         if spots := [mark for mark in marks if mark]:
             xs, ys, colours = zip(*spots, strict=True)
             axis.scatter(xs, ys, s=7, c=colours)
-        axis.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="equal")
+        axis.imshow(
+            grid,
+            cmap=SHADES,
+            vmin=-most,
+            vmax=most,
+            aspect="equal",
+        )
         axis.set_title(budget_label(budget) or "no budget", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=7)
