@@ -269,7 +269,7 @@ def html_of(page: Page, title: str) -> str:
     with document.models.freeze():  # else each root is searched again for each that comes
         for root in page.roots.values():
             document.add_root(root)
-    script, divs = components(page.roots) if page.roots else ("", {})
+    script, divs = components(page.roots, theme=None) if page.roots else ("", {})
     resources = Resources(mode="inline", components=["bokeh", "bokeh-widgets", "bokeh-tables"]).render()
     body = []
     for anchor, heading, html in page.sections:
