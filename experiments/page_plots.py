@@ -3,6 +3,7 @@
 Models are made sparingly (one source and three glyphs for a policy), since each takes half a kilobyte of the page.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -283,7 +284,7 @@ def differences(found: pd.DataFrame) -> UIElement:
     every = ColumnDataSource(columns)
     first = next(iter(places))
     shown = ColumnDataSource({key: values[slice(*places[first])] for key, values in columns.items()})
-    side = max(46, min(78, 800 // max(len(names), 1)))
+    side = max(62, min(84, 940 // len(names)))
     room = 30 + 6 * max(map(len, names))
     table = figure(
         width=room + side * len(names) + 70,
@@ -339,12 +340,14 @@ def differences(found: pd.DataFrame) -> UIElement:
 def _squares(rows: pd.DataFrame) -> dict[str, list[Any]]:
     most = float(np.nanmax(np.abs(rows["gain"]), initial=0)) or 1.0
     scaled = (rows["gain"] / most).round(3)
+    largest = float(np.nanmax(np.abs(rows["mean"]), initial=0)) or 1.0
+    digits = max(0, 2 - math.floor(math.log10(largest)))  # three that count of the largest
     return {
         "a": rows["a"].tolist(),
         "b": rows["b"].tolist(),
-        "text": [f"{mean:+.3g}" for mean in rows["mean"]],
+        "text": [f"{mean:+.{digits}f}" for mean in rows["mean"]],
         "bounds": [
-            f"{low:+.2g} to {high:+.2g}" if np.isfinite(low) else "one seed"
+            f"{low:+.{digits}f}, {high:+.{digits}f}" if np.isfinite(low) else "one seed"
             for low, high in zip(rows["low"], rows["high"], strict=True)
         ],
         "style": ["bold" if each else "normal" for each in rows["excludes"]],
