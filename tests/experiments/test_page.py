@@ -377,6 +377,7 @@ def command(monkeypatch, tmp_path):
     )
     small["model"] = "recall"
     monkeypatch.setitem(sys.modules, "experiments.results", SimpleNamespace(read=lambda path: small))
+    monkeypatch.setattr("experiments.static_plots.render", lambda figure: b"drawn elsewhere")
     monkeypatch.chdir(tmp_path)
     return lambda *words: CliRunner().invoke(app, ["report", "r.sqlite", "--out", "made", *words])
 
