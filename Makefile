@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow test-browser bench lint clean
 
 # Another environment of the caller's must not reach into .venv.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
@@ -37,10 +37,13 @@ demo: .venv/base.stamp
 	$(BIN)/kvtwin demo
 
 test: lint
-	$(PYTEST) -m "not slow and not gpu and not ray"
+	$(PYTEST) -m "not slow and not gpu and not ray and not browser"
 
 test-slow: .venv/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu and not ray"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu and not ray and not browser"
+
+test-browser: .venv/browser.stamp
+	$(BIN)/python -m pytest tests/browser -m browser
 
 bench: .venv/test.stamp
 	# Optimised, and without the type checker, which would be measured with the rest.
@@ -70,4 +73,9 @@ clean:
 .venv/test.stamp: .venv/base.stamp
 	@rm -f $@
 	$(PIP_INSTALL) --quiet -e '.[test,judges]'
+	@touch $@
+
+.venv/browser.stamp: .venv/test.stamp
+	@rm -f $@
+	$(PIP_INSTALL) --quiet -e '.[browser]'
 	@touch $@

@@ -26,6 +26,7 @@ from experiments import (
     history,
     memory,
     oracle,
+    page,
     regret,
     sweep,
 )
@@ -46,6 +47,7 @@ app.command("regret")(regret.command)
 app.command("oracle")(oracle.command)
 app.command("collapse")(collapse.command)
 app.command("run")(sweep.command)
+app.command("report")(page.command)
 
 
 @app.callback()
