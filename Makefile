@@ -37,10 +37,10 @@ demo: .venv/base.stamp
 	$(BIN)/kvtwin demo
 
 test: lint
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not lm_eval"
 
 test-slow: .venv/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu and not lm_eval"
 
 bench: .venv/test.stamp
 	# Optimised, and without the type checker, which would be measured with the rest.
