@@ -5,6 +5,7 @@ The harness of 0.4.13 knows no models but its own. Later ones look for the entry
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 from framework.errors import KvtwinError
@@ -18,6 +19,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    import_module("lm_eval.models")  # registers its own models, which it does only where there are none yet
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
 

@@ -34,6 +34,8 @@ class Arguments:
     seed: int = 0
 
 
+# What the harness passes to every model, asked for or not: the backend's library chooses its device itself.
+OTHERS = ("device", "max_batch_size")
 WHOLE = ("batch_size", "max_length", "prefix_token_id", "chunk", "seed")
 HINT = (
     "a spelling that was cut at its commas can have semicolons, as in policy=snapkv(budget=64;window=16), "
@@ -42,11 +44,8 @@ HINT = (
 
 
 def arguments(given: Mapping[str, Any]) -> Arguments:
-    """The arguments, checked. Semicolons in a policy or codec stand for commas, at which the harness cuts.
-
-    Nothing is a device: the backend's library chooses it.
-    """
-    given = {key: value for key, value in given.items() if value is not None}
+    """The arguments, checked. Semicolons in a policy or codec stand for commas, at which the harness cuts."""
+    given = {key: value for key, value in given.items() if value is not None and key not in OTHERS}
     known = [each.name for each in fields(Arguments)]
     unknown = [key for key in given if key not in known]
     if unknown:

@@ -11,7 +11,7 @@ from framework.policy import policies
 
 
 def test_what_is_not_given_is_usual() -> None:
-    assert arguments({"path": "bytes", "device": None, "max_batch_size": None}) == Arguments(path="bytes")
+    assert arguments({"path": "bytes", "device": "cuda:0", "seed": None}) == Arguments(path="bytes")
 
 
 def test_numbers_may_come_as_text_and_names_as_numbers() -> None:
@@ -33,7 +33,6 @@ def test_semicolons_stand_for_commas() -> None:
     [
         ({"policy": "full()"}, "no model is named; expected path=NAME"),
         ({"path": "bytes", "polcy": "full()"}, "no model argument 'polcy'; expected some of path, policy"),
-        ({"path": "bytes", "device": "cuda:1"}, "no model argument 'device'"),
         (
             {"path": "bytes", "policy": "snapkv(budget=64", " window": "16)"},
             "no model argument ' window'.*\n.*semicol",

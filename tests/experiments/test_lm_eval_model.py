@@ -162,10 +162,11 @@ def test_a_policy_is_in_force(folder: Path) -> None:
         assert greedy == (each.argmax(-1).tolist() == wanted)
     assert abs(found[0][0] - full[0][0]) > 1e-3
     held = model.get_model_info()["kvtwin"]["held"]
-    assert held["contexts"] == 5  # different ones of more than one token
+    assert held["contexts"] == 4  # different ones of more than one token
     assert held["kept"][2] == 9
     assert held["requested"] == 9.0
-    assert set(held["flags"]) <= {"never_fired", "missed_budget"}
+    short = {context for context, _ in PAIRS if 1 < len(built.tokenizer.encode(context)) <= 10}
+    assert held["flags"] == {"never_fired": len(short - {"<s>def main("})}
 
 
 def test_a_context_without_an_opening_token(folder: Path) -> None:
@@ -310,7 +311,7 @@ def values(found: dict[str, Any]) -> dict[str, float]:
 
 def test_the_command_line_beside_hf(folder: Path, tasks: Path, tmp_path: Path) -> None:
     expected = values(
-        run(tasks, tmp_path / "hf", "hf", f"pretrained={folder},dtype=float32,device=cpu,add_bos_token=False")
+        run(tasks, tmp_path / "hf", "hf", f"pretrained={folder},dtype=float32,add_bos_token=False")
     )
     found = run(tasks, tmp_path / "kv", "kvtwin", f"path={folder},chunk=8,add_bos_token=False")
     assert set(values(found)) == set(expected)
