@@ -165,8 +165,11 @@ def test_a_policy_is_in_force(folder: Path) -> None:
     assert held["contexts"] == 4  # different ones of more than one token
     assert held["kept"][2] == 9
     assert held["requested"] == 9.0
-    short = {context for context, _ in PAIRS if 1 < len(built.tokenizer.encode(context)) <= 10}
-    assert held["flags"] == {"never_fired": len(short - {"<s>def main("})}
+    short = [
+        tokens for tokens in map(built.tokenizer.encode, ("def main(", "a trailing")) if len(tokens) <= 10
+    ]
+    assert held["flags"]["never_fired"] == len(short) > 0
+    assert "missed_budget" not in held["flags"]
 
 
 def test_a_context_without_an_opening_token(folder: Path) -> None:
