@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 BASE = "fp16()"
-CODECS = (BASE, "int8()", "exl2_q4()", "turboquant(bits=2)")
+CODECS = (BASE, "int8()", "ggml_q4_0()", "turboquant(bits=2)")
 
 
 def budget(spec: ModelSpec, codec: str, tokens: int, dtype: str = "float32") -> int:

@@ -68,7 +68,8 @@ def main(
         seeds=range(seeds),
         out=out,
     )
-    axes = Figure(layout="constrained").subplots()
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
     for policy, rows in frame.groupby("policy"):
         cells = [
             (each["kept"].mean(), *interval(each["measure.score"])) for _, each in rows.groupby("budget")
@@ -80,7 +81,7 @@ def main(
         axes.errorbar(kept, mean, (mean - low, high - mean), label=policy, capsize=3)
     axes.set(xlabel="tokens kept per head", ylabel=f"score in {question}")
     axes.legend()
-    axes.figure.savefig(Path(out).with_suffix(".png"))
+    figure.savefig(Path(out).with_suffix(".png"))
     return frame
 
 

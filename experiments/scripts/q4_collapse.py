@@ -34,8 +34,10 @@ def main(
     for cell in ask(
         Question(model, checkpoint, text, strengths=strengths, codecs=codecs, backends=(backend,))
     ):
-        found = cell.error or f"{cell.perplexity:.3f}, {cell.ratio:.3f} times that of full()"
-        print(f"s = {cell.strength:g}, {cell.codec}: {found}, {cell.bytes_per_token} bytes a token")
+        told = cell.error
+        if cell.perplexity is not None:
+            told = f"{cell.perplexity:.3f}, {cell.ratio:.3f} times that of full(), {cell.bytes_per_token:g} bytes a token"
+        print(f"s = {cell.strength:g}, {cell.codec}: {told}")
         cells.append(cell)
     return cells
 
