@@ -8,7 +8,7 @@ its tokens with its kept sets forced, while its own choice is compared at every 
 Expected: every line ends with `same`. Logits drift by less than 1e-5 of the largest, all kept sets are equal or differ
 by tokens whose scores are equal up to rounding, and both backends write the reference's text.
 
-Run time: under a minute on two cores, most of it the reference and compilation.
+Run time: two minutes on two cores, most of it the reference and compilation.
 """
 
 from collections.abc import Sequence

@@ -6,9 +6,9 @@ every token but the newest comes from coded storage.
 
     python -m experiments.scripts.q4_collapse
 
-Expected: the perplexity of `full()` does not move. That of `exl2_q4()` is 1.006 times as large at s = 1, 1.07 times at 30
-and 2.5 times at 100; `exl2_q6()`, with 8 bits for keys, stays within 1.005, and so does `kivi`, with 4 bits and no scale
-that channels share. Qwen2-7B, which has such keys, was published with 2.69 for Q4 and 1.003 for Q6.
+Expected: the perplexity of `full()` does not move. That of `exl2_q4()` is 1.006 times as large at s = 1, 1.07 times at
+30 and 2.5 times at 100; `exl2_q6()`, with 8 bits for keys, stays within 1.005, and so does `kivi`, with 4 bits and no
+scale that channels share. Qwen2-7B, which has such keys, was published with 2.69 for Q4 and 1.003 for Q6.
 
 Run time: under a minute on two cores.
 """

@@ -257,7 +257,7 @@ def test_a_stop_string_ends_a_text() -> None:
     found, _ = ordered(written(Setting(model, SNAPKV, rows=3), BEGUN, stops, 14))
     assert found == [cut(text, stops) for text in texts]
     assert len(found[0]) <= 2
-    assert len(found[1]) <= 9
+    assert len(found[1]) < len(texts[1])
 
 
 @pytest.mark.parametrize(
