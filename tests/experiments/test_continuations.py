@@ -284,7 +284,22 @@ def test_a_stop_token_ends_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [text.partition(stop)[0] for text in texts]
 
 
-def test_sampling_is_the_same_on_both_calls_and_not_greedy() -> None:
+def test_nothing_is_written_behind_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first piece of four tokens has one, so that no second piece is asked for."""
+    model, steps = loaded("torch"), []
+    [whole] = ordered(written(Setting(model), BEGUN[:1], [], ROOM))[0]
+    decode = model.decode
+
+    def counted(cache: Any, logits: Any, sampling: Any, stop: Any, count: int, **options: Any) -> Any:
+        steps.append(count)
+        return decode(cache, logits, sampling, stop, count, **options)
+
+    monkeypatch.setattr(model, "decode", counted)
+    assert ordered(written(Setting(model), BEGUN[:1], [whole[2]], ROOM))[0] == [whole.partition(whole[2])[0]]
+    assert steps == [4]
+
+
+def test_sampling_is_the_same_on_both_calls_and_not_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     model, hot = loaded("torch"), Sampling(temperature=1.5, seed=3)
     first, second, other = (
         ordered(written(Setting(model, SNAPKV), BEGUN, [], ROOM, sampling))[0]
@@ -292,6 +307,8 @@ def test_sampling_is_the_same_on_both_calls_and_not_greedy() -> None:
     )
     assert first == second
     assert first != other
+    monkeypatch.setattr(until, "PIECE", 64)
+    assert ordered(written(Setting(model, SNAPKV), BEGUN, [], ROOM, hot))[0] == first
     assert first != ordered(written(Setting(model, SNAPKV), BEGUN, [], ROOM))[0]
     assert ordered(written(Setting(model, SNAPKV), BEGUN, [], ROOM, Sampling(temperature=1.5, top_k=1)))[
         0

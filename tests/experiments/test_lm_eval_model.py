@@ -166,7 +166,9 @@ def test_a_policy_is_in_force(folder: Path) -> None:
     assert held["kept"][2] == 9
     assert held["requested"] == 9.0
     short = [
-        tokens for tokens in map(built.tokenizer.encode, ("def main(", "a trailing")) if len(tokens) <= 10
+        tokens
+        for tokens in map(built.tokenizer.encode, ("def main(", "a trailing space"))
+        if len(tokens) <= 10
     ]
     assert held["flags"]["never_fired"] == len(short) > 0
     assert "missed_budget" not in held["flags"]
