@@ -37,10 +37,10 @@ demo: .venv/base.stamp
 	$(BIN)/kvtwin demo
 
 test: lint
-	$(PYTEST) -m "not slow and not gpu and not ray and not browser"
+	$(PYTEST) -m "not slow and not gpu and not ray and not browser and not lm_eval"
 
 test-slow: .venv/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu and not ray and not browser"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "slow and not gpu and not ray and not browser and not lm_eval"
 
 test-browser: .venv/browser.stamp
 	$(BIN)/python -m pytest tests/browser -m browser

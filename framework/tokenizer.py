@@ -26,6 +26,11 @@ class Decoder(ABC):
 class Tokenizer(ABC):
     """Text to token ids and back."""
 
+    @property
+    @abstractmethod
+    def opening(self) -> int | None:
+        """The token that stands for the beginning of a text; None where the tokenizer has none."""
+
     @abstractmethod
     def encode(self, text: str, opening: bool = True) -> list[int]:
         """Token ids, with the tokenizer's own opening token where it has one, or without it, to stand behind others."""
@@ -60,6 +65,11 @@ def tokenizer(folder: Path) -> Tokenizer:
 @final
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8; higher ids are special and have no text."""
+
+    @property
+    def opening(self) -> int | None:
+        """None: bytes have no such token."""
+        return None
 
     def encode(self, text: str, opening: bool = True) -> list[int]:
         """The bytes of `text`."""
@@ -112,6 +122,11 @@ class ForeignTokenizer(Tokenizer):
         except Exception as error:  # any: transformers raises whatever its parsers raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise KvtwinError(f"the tokenizer of {folder} does not load: {reason[0]}") from None
+
+    @property
+    def opening(self) -> int | None:
+        """The tokenizer's `bos_token`, whether or not `encode` puts it before a text."""
+        return None if self._made.bos_token_id is None else int(self._made.bos_token_id)
 
     def encode(self, text: str, opening: bool = True) -> list[int]:
         """Token ids, with the tokenizer's opening token, or without any special token."""
