@@ -270,7 +270,7 @@ def test_what_was_held_is_counted_from_the_cache(backend: str, policy: str, code
         ("window(budget=55)", [(), (), ("never_fired",)]),
         ("window(budget=60)", [(), (), ("never_fired",)]),
         ("window(budget=200)", [("never_fired",)] * 3),
-        ("h2o(budget=(200, 200, 200, 30))", [(), (), ()]),
+        ("h2o(budget=(96, 96, 96, 30))", [(), (), ()]),
         ("threshold(budget=40, least=1e9, policy=key_norm())", [("missed_budget",)] * 3),
         ("threshold(budget=40, least=-1e9, policy=key_norm())", [(), (), ()]),
         ("adakv(budget=20, policy=snapkv(window=8))", [(), (), ()]),
