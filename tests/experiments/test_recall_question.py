@@ -108,6 +108,8 @@ def test_a_batch_says_what_each_row_says_by_itself(policy: str, aware: bool) -> 
     assert answers[0].held
     assert len({answer.held.context for answer in answers if answer.held}) > 1
     if "fraction" in policy:
+        longest = max(answer.held.context for answer in answers if answer.held)
+        assert answers[0].held.requested == -(-longest // 4)
         policy = f"window(budget={answers[0].held.requested:.0f})"
     for answer in answers:
         assert answer.said == "\n".join(by_hand(asked, policy, answer.seed, 6))
