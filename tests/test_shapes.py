@@ -26,7 +26,7 @@ def perplexity(policy: str, codec: str) -> tuple[float, int]:
     [
         ("int8()", 0.999, 1.001),
         pytest.param("exl3(k_bits=8, v_bits=8)", 0.999, 1.001, marks=pytest.mark.slow),
-        ("exl3(k_bits=4, v_bits=4)", 1.0005, 1.01),
+        pytest.param("exl3(k_bits=4, v_bits=4)", 1.0005, 1.01, marks=pytest.mark.slow),
         pytest.param("exl3(k_bits=3, v_bits=3)", 1.01, 1.05, marks=pytest.mark.slow),
         ("exl3(k_bits=2, v_bits=2)", 1.15, 1.6),
     ],
@@ -35,10 +35,9 @@ def test_eight_bits_cost_nothing_four_little_and_two_much(codec: str, least: flo
     assert least < perplexity("full()", codec)[0] / perplexity("full()", "full()")[0] < most
 
 
-@pytest.mark.parametrize("budget", [9, pytest.param(18, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "policy", ["h2o(budget={})", pytest.param("window(budget={}, sinks=2)", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [9, 18])
+@pytest.mark.parametrize("policy", ["h2o(budget={})", "window(budget={}, sinks=2)"])
 def test_at_equal_bytes_few_bits_and_more_tokens_win(policy: str, budget: int) -> None:
     """16 bits against 4.5, scales included, and as many more tokens."""
     exact, whole = perplexity(policy.format(budget), "fp16()")

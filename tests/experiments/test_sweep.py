@@ -40,6 +40,11 @@ MANY: dict[str, Any] = PLAIN | {
 }
 CELLS = 3 * (1 + 4 + 4)
 SCRIPT = "from experiments.sweep import sweep; sweep(**{})"
+# The command line; where tests run in the background of a shell, interrupts are ignored, and that is passed on.
+HEARING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from experiments.run import main; main()"
+)
 
 
 @pytest.fixture
@@ -171,28 +176,8 @@ def test_workers_end_when_the_sweep_alone_is_killed(closed: Path) -> None:
 
 
 def test_an_interrupted_sweep_ends_with_what_it_has(closed: Path) -> None:
-    words = [
-        "-m",
-        "experiments.run",
-        "run",
-        *MANY["questions"],
-        "--model",
-        "recall",
-        "--backend",
-        "reference",
-    ]
-    words += [
-        "--dtype",
-        "float64",
-        "--seeds",
-        "3",
-        "--budget",
-        "0.5,8,16,24",
-        "--jobs",
-        "2",
-        "--out",
-        "one.sqlite",
-    ]
+    options = "--model recall --backend reference --dtype float64 --seeds 3 --budget 0.5,8,16,24 --jobs 2"
+    words = ["-c", HEARING, "run", *MANY["questions"], *options.split(), "--out", "one.sqlite"]
     words += [word for policy in MANY["policies"] for word in ("--policy", policy)]
     running = subprocess.Popen(
         [sys.executable, *words],
@@ -359,8 +344,8 @@ def test_a_version_covers_what_the_question_imports(place: Path, monkeypatch: py
     before, read_bytes = versions(), Path.read_bytes
     assert len(set(before.values())) == 4
     for edited, changed in {
-        "experiments/text.py": {"niah()"},
-        "experiments/recall.py": {"passkey()", "copy()", "niah()"},
+        "experiments/text.py": {"passkey()", "copy()", "niah()"},
+        "experiments/questions/niah.py": {"niah()"},
         "experiments/questions/copy.py": {"copy()"},
         "experiments/asking.py": set(before),
         "experiments/bench_run.py": set(),
