@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from experiments import bench_report
-from experiments.bench_case import GPU, SUITES, Group, title
-from experiments.bench_engine import METER, Engine, Failed, foreign_place, gpu_of, known, versions
-from experiments.bench_model import SHAPES, Subject, cache_folder, subject
-from experiments.bench_result import results
-from experiments.bench_row import append, fitting, machine, newest, read
-from experiments.bench_run import Bench, say
-from experiments.bench_worker import Meter, Workers
+from experiments.benches import report as bench_report
+from experiments.benches.case import GPU, SUITES, Group, title
+from experiments.benches.engine import METER, Engine, Failed, foreign_place, gpu_of, known, versions
+from experiments.benches.model import SHAPES, Subject, cache_folder, subject
+from experiments.benches.result import results
+from experiments.benches.row import append, fitting, machine, newest, read
+from experiments.benches.run import Bench, say
+from experiments.benches.worker import Meter, Workers
 from experiments.record import folder
 from framework.errors import KvtwinError
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from experiments.check_case import tiny_spec
-from experiments.check_failure import Failure
+from experiments.checks.case import tiny_spec
+from experiments.checks.failure import Failure
 from framework.errors import KvtwinError
 from framework.eviction import layer_budgets
 from framework.policy import Policy, name, policies
@@ -43,7 +43,9 @@ def run(policy: Policy, tier: Tier = "all") -> list[Result]:
 
 
 def _results(policy: Policy, tier: Tier) -> Iterator[Result]:
-    from experiments import check_model, check_outcome, check_rule
+    from experiments.checks import model as check_model
+    from experiments.checks import outcome as check_outcome
+    from experiments.checks import rule as check_rule
 
     check_outcome.libraries()  # their import is no part of a check's time
     checks: list[tuple[Any, Callable]] = []

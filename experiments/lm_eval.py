@@ -23,7 +23,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
 
-    from experiments.lm_eval_model import Kvtwin
+    from experiments.harness.model import Kvtwin
 
     register_model("kvtwin")(Kvtwin)
     try:

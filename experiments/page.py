@@ -11,7 +11,7 @@ from framework.errors import KvtwinError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.cache_map import CacheMap
+    from experiments.pages.cache_map import CacheMap
 
 BACKEND = "torch"  # that the cache map is run on
 
@@ -19,7 +19,7 @@ BACKEND = "torch"  # that the cache map is run on
 def drawn_map(frame: "pd.DataFrame", policy: str | None) -> "CacheMap | str":
     """The cache map of one run, made now; or why there is none, but for a policy that was asked for, which raises."""
     from backends import backends
-    from experiments.cache_map import cache_map, choose
+    from experiments.pages.cache_map import cache_map, choose
 
     try:
         choice = choose(frame, policy)
@@ -36,7 +36,7 @@ def build(
     frame: "pd.DataFrame", out: Path, title: str, policy: str | None = None, with_map: bool = True
 ) -> Path:
     """Write the page and what lies beside it into a folder; the path of the page."""
-    from experiments.page_sections import gather, write
+    from experiments.pages.sections import gather, write
 
     if not len(frame):
         raise KvtwinError("the results hold no rows; expected some: run kvtwin run first")
@@ -59,7 +59,7 @@ def command(
     no_map: Annotated[bool, typer.Option("--no-map", help="Leave the cache map out.")] = False,
 ) -> None:
     """Make a page of curves, differences, tables and the cache map."""
-    from experiments.results import read
+    from experiments.sweeps.results import read
 
     if policy is not None and no_map:
         raise KvtwinError("--map and --no-map were both given; expected one of them")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.asking import Asker, Job
-from experiments.grid import Asked, grid
-from experiments.local_workers import Processes
-from experiments.provenance import version
 from experiments.question import questions as known_questions
-from experiments.ray_workers import Cluster
 from experiments.result import Cell, Result
-from experiments.results import Results, cells_of, read
-from experiments.turns import Turns
-from experiments.workers import answered
+from experiments.sweeps.asking import Asker, Job
+from experiments.sweeps.grid import Asked, grid
+from experiments.sweeps.local_workers import Processes
+from experiments.sweeps.provenance import version
+from experiments.sweeps.ray_workers import Cluster
+from experiments.sweeps.results import Results, cells_of, read
+from experiments.sweeps.turns import Turns
+from experiments.sweeps.workers import answered
 from framework.errors import KvtwinError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def sweep(
     engine: str = "local",
 ) -> "DataFrame":
     """Ask every question of every model under every policy, budget and codec, on every backend and in every dtype;
-    the rows of `out` that this is about, as `experiments.results.read` gives them.
+    the rows of `out` that this is about, as `experiments.sweeps.results.read` gives them.
 
     `budgets`: for policies whose spelling has none; below 1 a share of the longest context of the batch, else tokens
     per kv head. `seeds`: the cases, one batch per cell. `jobs`: processes, 1 being this one. `engine`: "ray" asks on
@@ -226,7 +226,7 @@ def command(
     """
     from rich.console import Console
 
-    from experiments.sweep_table import WIDTH, table
+    from experiments.sweeps.table import WIDTH, table
 
     try:
         frame = sweep(

@@ -1,4 +1,4 @@
-"""A frame of results as experiments.results.read gives it, made up: every axis of a different size, with flags,
+"""A frame of results as experiments.sweeps.results.read gives it, made up: every axis of a different size, with flags,
 failures, a question that is gone, and policies without a budget.
 """
 

@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from backends import backends
-from experiments import check_model, check_rule
 from experiments.check import found, report, run
-from experiments.check_case import tiny_spec
+from experiments.checks import model as check_model
+from experiments.checks import rule as check_rule
+from experiments.checks.case import tiny_spec
 from experiments.run import app
 from framework.errors import KvtwinError
 from framework.policy import Policy, name, policies

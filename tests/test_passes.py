@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.check_case import Case
-from experiments.check_outcome import libraries, moved, moved_block
+from experiments.checks.case import Case
+from experiments.checks.outcome import libraries, moved, moved_block
 from experiments.compare import free_run, run, same_sets
 from framework.cache import Cache
 from framework.errors import KvtwinError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from backends import backends
-from experiments.check_case import Case, Step, tiny_spec
-from experiments.check_outcome import remembered
+from experiments.checks.case import Case, Step, tiny_spec
+from experiments.checks.outcome import remembered
 from framework.errors import KvtwinError
 from framework.eviction import check_policy, judge
 from framework.policy import Policy, View, policies

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_case import FLOAT, FULL, Case
+from experiments.benches.case import FLOAT, FULL, Case
 from experiments.engines.protocol import Block, Program, serve
 from experiments.engines.settling import settle_torch
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from experiments.bench_case import FLOAT, Case
+from experiments.benches.case import FLOAT, Case
 from experiments.engines.protocol import Block, Program, serve
 
 MODULES = "framework.backend, framework.codec, framework.generate, framework.policy, framework.weights"

@@ -7,7 +7,7 @@ has by itself, which the case must name for kvtwin.
 
 from typing import Any
 
-from experiments.bench_case import KEPT, PRESSES, Case
+from experiments.benches.case import KEPT, PRESSES, Case
 from experiments.engines.huggingface import HuggingFace
 from experiments.engines.protocol import Block, serve
 

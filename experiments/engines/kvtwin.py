@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from backends import backends
-from experiments.bench_case import FLOAT, FULL, Case
+from experiments.benches.case import FLOAT, FULL, Case
 from experiments.engines.protocol import Block, Program, serve
 from experiments.engines.settling import settle_jax, settle_torch
 from framework.backend import Model

@@ -3,7 +3,7 @@ with nobody: the others are held to it."""
 
 from typing import Any
 
-from experiments.bench_case import FLOAT, Case
+from experiments.benches.case import FLOAT, Case
 from experiments.engines.protocol import Block, Program, serve
 from experiments.engines.settling import settle_torch
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
 
-from experiments.bench_case import FLOAT, Case
+from experiments.benches.case import FLOAT, Case
 
 Answer = dict[str, Any]
 

@@ -6,8 +6,8 @@ with `kvtwin bench`. Nothing is asserted. torch takes the threads that OMP_NUM_T
 
 import pytest
 
-from experiments.bench_case import Case
-from experiments.bench_model import SHAPES, subject
+from experiments.benches.case import Case
+from experiments.benches.model import SHAPES, subject
 from experiments.engines.huggingface import HuggingFace
 from experiments.engines.kvtwin import Kvtwin
 

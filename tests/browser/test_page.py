@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.page import build
-from experiments.page_tables import CELL_COLUMNS
+from experiments.pages.tables import CELL_COLUMNS
 from tests.results_frame import results
 
 pytestmark = pytest.mark.browser

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.bench_case import Case
+from experiments.benches.case import Case
 from experiments.engines.protocol import Block, Program, serve
 
 

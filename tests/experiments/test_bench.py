@@ -12,25 +12,21 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from experiments import (
-    bench,
-    bench_case,
-    bench_engine,
-    bench_model,
-    bench_report,
-    bench_run,
-    bench_target,
-    bench_worker,
-    installed,
-    run,
-)
-from experiments.bench_case import Case, Entry, contest, flatness, title
-from experiments.bench_engine import Engine, Failed
-from experiments.bench_model import SHAPES, Subject, subject
-from experiments.bench_result import Result, Spread, results
-from experiments.bench_row import Row, append, fitting, newest, read
-from experiments.bench_run import Bench
-from experiments.bench_worker import Workers
+from experiments import bench, installed, run
+from experiments.benches import case as bench_case
+from experiments.benches import engine as bench_engine
+from experiments.benches import model as bench_model
+from experiments.benches import report as bench_report
+from experiments.benches import run as bench_run
+from experiments.benches import target as bench_target
+from experiments.benches import worker as bench_worker
+from experiments.benches.case import Case, Entry, contest, flatness, title
+from experiments.benches.engine import Engine, Failed
+from experiments.benches.model import SHAPES, Subject, subject
+from experiments.benches.result import Result, Spread, results
+from experiments.benches.row import Row, append, fitting, newest, read
+from experiments.benches.run import Bench
+from experiments.benches.worker import Workers
 from experiments.engines import imports
 from experiments.engines.huggingface import HuggingFace
 from experiments.engines.imports import Imports

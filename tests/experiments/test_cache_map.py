@@ -1,4 +1,4 @@
-"""experiments/cache_map.py: what the map says each head holds, against the caches of a run of its own."""
+"""experiments/pages/cache_map.py: what the map says each head holds, against the caches of a run of its own."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from backends import backends
-from experiments.cache_map import (
+from experiments.pages.cache_map import (
     REASONS,
     STAYED,
     Choice,
@@ -19,7 +19,7 @@ from experiments.cache_map import (
     mapped,
     texts,
 )
-from experiments.palette import STATES
+from experiments.pages.palette import STATES
 from framework.eviction import resolved
 from framework.policy import policies
 from framework.tokenizer import ByteTokenizer

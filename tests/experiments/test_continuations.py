@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from backends import backends
-from experiments import until
-from experiments.continuations import Pair, Setting, batches, followed, scored
-from experiments.until import cut, written
+from experiments.harness import until
+from experiments.harness.continuations import Pair, Setting, batches, followed, scored
+from experiments.harness.until import cut, written
 from framework.backend import Model
 from framework.decode import Sampling
 from framework.errors import KvtwinError

@@ -1,4 +1,4 @@
-"""experiments/grid.py: which cells an ask makes, each once, and what is refused before anything runs."""
+"""experiments/sweeps/grid.py: which cells an ask makes, each once, and what is refused before anything runs."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from backends import backends
-from experiments.asking import with_budget
-from experiments.grid import Asked, grid
 from experiments.result import Cell
+from experiments.sweeps.asking import with_budget
+from experiments.sweeps.grid import Asked, grid
 from framework.checkpoint import BUNDLED
 from framework.errors import KvtwinError
 from framework.policy import name, policies

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from experiments.lm_eval_arguments import ROOM, Arguments, Writing, arguments, fitted, writing
+from experiments.harness.arguments import ROOM, Arguments, Writing, arguments, fitted, writing
 from framework.decode import Sampling
 from framework.errors import KvtwinError
 from framework.policy import policies

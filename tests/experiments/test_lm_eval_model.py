@@ -75,7 +75,7 @@ def theirs(folder: Path) -> Any:
 
 @once
 def ours(folder: Path, backend: str = "torch", policy: str = "full()", **given: Any) -> Any:
-    from experiments.lm_eval_model import Kvtwin
+    from experiments.harness.model import Kvtwin
 
     return Kvtwin(path=str(folder), backend=backend, policy=policy, batch_size=3, **given)
 
@@ -185,7 +185,7 @@ def test_a_context_without_an_opening_token(folder: Path) -> None:
 
 
 def test_a_model_of_bytes_has_nothing_for_an_empty_context() -> None:
-    from experiments.lm_eval_model import Kvtwin
+    from experiments.harness.model import Kvtwin
 
     requests = asked("loglikelihood", [("", "import")])
     with pytest.raises(KvtwinError, match="prefix_token_id=NUMBER"):
@@ -203,7 +203,7 @@ def test_a_model_of_bytes_has_nothing_for_an_empty_context() -> None:
     ],
 )
 def test_bad_arguments_are_refused_at_once(folder: Path, given: dict[str, Any], message: str) -> None:
-    from experiments.lm_eval_model import Kvtwin
+    from experiments.harness.model import Kvtwin
 
     with pytest.raises(KvtwinError, match=message):
         Kvtwin(path=str(folder), **given)
@@ -361,7 +361,7 @@ def test_the_entry_point_names_the_model() -> None:
     import tomllib
     from importlib.metadata import EntryPoint
 
-    from experiments.lm_eval_model import Kvtwin
+    from experiments.harness.model import Kvtwin
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     [(name, value)] = project["entry-points"]["lm_eval.models"].items()

@@ -15,14 +15,14 @@ from bokeh.plotting import figure
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from experiments.cache_map import CacheMap, Choice, cache_map
 from experiments.page import build
-from experiments.page_sections import Page, gather, html_of, write
-from experiments.page_tables import CELL_COLUMNS, cell_table, sentence, with_interval
-from experiments.palette import looks
+from experiments.pages.cache_map import CacheMap, Choice, cache_map
+from experiments.pages.palette import looks
+from experiments.pages.sections import Page, gather, html_of, write
+from experiments.pages.static_plots import curves
+from experiments.pages.summary import KIB, agreement, cells, flagged, mains, ordered, pairs
+from experiments.pages.tables import CELL_COLUMNS, cell_table, sentence, with_interval
 from experiments.run import app
-from experiments.static_plots import curves
-from experiments.summary import KIB, agreement, cells, flagged, mains, ordered, pairs
 from framework.errors import KvtwinError
 from tests.results_frame import HOSTILE, POLICIES, QUESTIONS, results
 
@@ -376,8 +376,8 @@ def command(monkeypatch, tmp_path):
         questions=(QUESTION,), policies=("full()", "h2o()"), budgets=(0.25,), seeds=2, codecs=("full()",)
     )
     small["model"] = "recall"
-    monkeypatch.setitem(sys.modules, "experiments.results", SimpleNamespace(read=lambda path: small))
-    monkeypatch.setattr("experiments.static_plots.render", lambda figure: b"drawn elsewhere")
+    monkeypatch.setitem(sys.modules, "experiments.sweeps.results", SimpleNamespace(read=lambda path: small))
+    monkeypatch.setattr("experiments.pages.static_plots.render", lambda figure: b"drawn elsewhere")
     monkeypatch.chdir(tmp_path)
     return lambda *words: CliRunner().invoke(app, ["report", "r.sqlite", "--out", "made", *words])
 
@@ -418,7 +418,9 @@ def test_no_rows_are_refused(tmp_path):
 def test_a_model_that_is_gone_leaves_the_rest_of_the_page(command, monkeypatch):
     gone = results(questions=(QUESTION,), policies=("h2o()",), budgets=(0.25,), seeds=2, codecs=("full()",))
     monkeypatch.setitem(
-        sys.modules, "experiments.results", SimpleNamespace(read=lambda path: gone.assign(model="./nowhere"))
+        sys.modules,
+        "experiments.sweeps.results",
+        SimpleNamespace(read=lambda path: gone.assign(model="./nowhere")),
     )
     assert command().exit_code == 0
     assert "The cache map could not be drawn: " in Path("made/report.html").read_text()

@@ -1,4 +1,4 @@
-"""experiments/results.py: what is written is read again; nothing is lost by full disks, foreign or damaged files."""
+"""The file of results: what is written is read again; nothing is lost by full disks, foreign or damaged files."""
 
 import json
 import sqlite3
@@ -13,7 +13,7 @@ import pytest
 
 from experiments.question import Held
 from experiments.result import Cell, Result
-from experiments.results import Results, cells_of, read
+from experiments.sweeps.results import Results, cells_of, read
 from framework.errors import KvtwinError
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from experiments.result import Cell, Result
-from experiments.results import Results
+from experiments.sweeps.results import Results
 
 cell, origin, own = Cell(*"abcd", 0.5, *"efg"), {"version": "one"}, int(sys.argv[2])
 for seed in range(9):

@@ -1,4 +1,4 @@
-"""experiments/summary.py: rows to numbers, against loops that are plain enough to be believed."""
+"""experiments/pages/summary.py: rows to numbers, against loops that are plain enough to be believed."""
 
 import math
 from collections import Counter
@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 
 from experiments.interval import interval, paired
-from experiments.palette import COLOURS, MARKERS, bounds, looks
-from experiments.question import Measure
-from experiments.summary import (
+from experiments.pages.palette import COLOURS, MARKERS, bounds, looks
+from experiments.pages.summary import (
     CELL,
     Main,
     agreement,
@@ -29,6 +28,7 @@ from experiments.summary import (
     slug,
     told_apart,
 )
+from experiments.question import Measure
 from tests.results_frame import HOSTILE, POLICIES, PROVENANCE, QUESTIONS, SEEDS, results
 
 SCORE = {question: Main("score", "higher") for question in (*QUESTIONS, "q()")}
@@ -96,7 +96,7 @@ def test_the_main_measure_is_the_first_of_the_questions_own(frame):
 @pytest.mark.parametrize(("better", "sign"), [("higher", 1), ("lower", -1), (None, 0)])
 def test_the_direction_comes_from_the_question(better, sign, monkeypatch):
     known = (Measure("absent", "higher"), Measure("loss", better, "nats"), Measure("score", "higher"))
-    monkeypatch.setattr("experiments.summary.declared", lambda question: known)
+    monkeypatch.setattr("experiments.pages.summary.declared", lambda question: known)
     main = mains(results(questions=QUESTIONS[:1], codecs=("full()",)))[QUESTIONS[0]]
     assert (main.name, main.better, main.sign, main.unit) == ("loss", better, sign, "nats")
 

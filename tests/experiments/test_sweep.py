@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments import local_workers, results
-from experiments.asking import Asker, Job, Remembered, size
-from experiments.grid import Asked, grid
-from experiments.provenance import version
 from experiments.question import Setting
-from experiments.results import read
 from experiments.run import app
 from experiments.sweep import sweep
+from experiments.sweeps import local_workers, results
+from experiments.sweeps.asking import Asker, Job, Remembered, size
+from experiments.sweeps.grid import Asked, grid
+from experiments.sweeps.provenance import version
+from experiments.sweeps.results import read
 from framework.errors import KvtwinError
 
 ROOT = Path(__file__).parents[2]
@@ -347,8 +347,8 @@ def test_a_version_covers_what_the_question_imports(place: Path, monkeypatch: py
         "experiments/text.py": {"passkey()", "copy()", "niah()"},
         "experiments/questions/niah.py": {"niah()"},
         "experiments/questions/copy.py": {"copy()"},
-        "experiments/asking.py": set(before),
-        "experiments/bench_run.py": set(),
+        "experiments/sweeps/asking.py": set(before),
+        "experiments/benches/run.py": set(),
     }.items():
         with monkeypatch.context() as patch:
 

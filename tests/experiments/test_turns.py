@@ -1,14 +1,14 @@
-"""experiments/turns.py and experiments/workers.py: who gets which cell, and what becomes of the cells of the dead."""
+"""The turns and the workers of a sweep: who gets which cell, and what becomes of the cells of the dead."""
 
 from collections.abc import Sequence
 from itertools import product
 
 import pytest
 
-from experiments.asking import Job
 from experiments.result import Cell, Result
-from experiments.turns import Turns, kin
-from experiments.workers import Died, Engine, Worker, answered
+from experiments.sweeps.asking import Job
+from experiments.sweeps.turns import Turns, kin
+from experiments.sweeps.workers import Died, Engine, Worker, answered
 from framework.errors import KvtwinError
 
 POLICIES = ("full()", "h2o()", "window()")

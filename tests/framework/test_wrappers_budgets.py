@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from experiments.check_case import tiny_spec
+from experiments.checks.case import tiny_spec
 from framework.eviction import judge
 from framework.policy import View, policies
 from tests.trajectories import (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.check_case import Step
+from experiments.checks.case import Step
 from framework.policy import View, policies
 from framework.random import hash32
 from tests.trajectories import (

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.check_case import Step
-from experiments.check_outcome import remembered
+from experiments.checks.case import Step
+from experiments.checks.outcome import remembered
 from framework.errors import KvtwinError
 from framework.policy import Policy, View, policies
 from tests.trajectories import (

@@ -1,0 +1,1 @@
+"""What `kvtwin check` looks at."""

@@ -1,0 +1,1 @@
+"""kvtwin as a model of lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""What the page of `kvtwin report` is made of."""

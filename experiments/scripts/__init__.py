@@ -1,0 +1,1 @@
+"""Experiments to copy, one file each."""
