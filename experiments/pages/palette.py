@@ -110,7 +110,7 @@ def bounds(values: Iterable[float]) -> tuple[float, float, Literal["linear", "lo
     if not given.size:
         return 0.0, 1.0, "linear"
     low, high = float(given.min()), float(given.max())
-    if 0 <= low and high <= 1 and (high - low > 0.2 or high > 0.5):
+    if 0 <= low and high <= 1 and (high - low > 0.2 or high > 0.5 or high == 0):
         return -0.03, 1.05, "linear"
     if low > 0 and high / low > WIDE:
         return low / 1.4, high * 1.4, "log"

@@ -389,3 +389,4 @@ def test_axes_hold_their_values(values, scale):
     assert end > max(values)
     assert found == scale
     assert bounds([]) == (0.0, 1.0, "linear")
+    assert bounds([0.0, 0.0]) == bounds([0.0, 1.0])
