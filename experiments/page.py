@@ -35,14 +35,14 @@ def drawn_map(frame: "pd.DataFrame", policy: str | None) -> "CacheMap | str":
 def build(
     frame: "pd.DataFrame", out: Path, title: str, policy: str | None = None, with_map: bool = True
 ) -> Path:
-    """Write the page and what lies beside it into a folder; the path of the page."""
+    """Write the page and what lies beside it into a folder, made if need be; the path of the page."""
     from experiments.pages.sections import gather, write
 
     if not len(frame):
         raise KvtwinError("the results hold no rows; expected some: run kvtwin run first")
     found = drawn_map(frame, policy) if with_map else "The cache map was left out."
     page = gather(frame, None, found) if isinstance(found, str) else gather(frame, found, "")
-    return write(page, title, out)
+    return write(page, title, folder(out))
 
 
 def command(
@@ -64,4 +64,4 @@ def command(
     if policy is not None and no_map:
         raise KvtwinError("--map and --no-map were both given; expected one of them")
     frame = read(results)
-    typer.echo(build(frame, folder(out), f"kvtwin: {results.name}", policy, not no_map))
+    typer.echo(build(frame, out, f"kvtwin: {results.name}", policy, not no_map))

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from backends import backends
-from experiments.scripts import backend_comparison, eviction_vs_quantisation, new_policy, q4_collapse
+from experiments.scripts import (
+    backend_comparison,
+    eviction_vs_quantisation,
+    new_policy,
+    q4_collapse,
+    standard,
+)
+from experiments.sweeps.grid import Asked, grid
 from framework.checkpoint import open_checkpoint
 
 
@@ -118,3 +125,19 @@ def test_a_new_policy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert any("new_policy" in policy for policy in frame["policy"])
     assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
     assert capsys.readouterr().out.splitlines()[0] == "checks that fail: none"
+
+
+def test_the_standard_suite_ends_with_a_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "few.sqlite"
+    frame = standard.main(
+        "bytes", ("mqar(length=200)",), ("window()",), (0.25, 0.5), 3, "torch", 1, out=str(out)
+    )
+    assert frame.groupby(["policy", "budget"], dropna=False).size().tolist() == [3, 3, 3]
+    page = Path(capsys.readouterr().out.splitlines()[-1])
+    assert page == tmp_path / "few" / "report.html"
+    assert "mqar(length=200)" in page.read_text()
+
+
+def test_the_standard_suite_is_of_the_size_it_says() -> None:
+    assert [len(each) for each in (standard.QUESTIONS, standard.POLICIES, standard.BUDGETS)] == [8, 12, 4]
+    grid(Asked(standard.QUESTIONS, ("bytes",), standard.POLICIES, standard.BUDGETS, backends=("flax",)))
