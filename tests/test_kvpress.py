@@ -229,22 +229,23 @@ def test_every_press_ran_and_has_its_place() -> None:
 QUICK = {"snapkv", "expected_attention", "leverage", "adakv_snapkv"}
 
 
-def later(backend: str, press: str, case: tuple[str, int, float]) -> bool:
-    """What waits for make test-slow: all backends are held to each other in tests/test_kept.py, too."""
-    if backend == "flax":  # which compiles each of its cases for seconds
-        return press not in QUICK or case != CASES[0]
-    return backend == "reference" and case not in CASES[1:3]
+def asked_of(backend: str) -> list[tuple[str, int, float]]:
+    """All cases of torch, and of the others some: that backends keep the same is shown in tests/test_kept.py."""
+    return {"torch": CASES, "reference": CASES[1:3], "flax": CASES[:1]}[backend]
 
 
 def cases(presses: Iterable[str]) -> list[Any]:
-    """(backend, press, model, length, ratio)."""
+    """(backend, press, model, length, ratio); flax compiles each of its cases for seconds."""
     return [
-        pytest.param(backend, press, *case, marks=[pytest.mark.slow] if later(backend, press, case) else [])
+        pytest.param(
+            backend,
+            press,
+            *case,
+            marks=[pytest.mark.slow] if backend == "flax" and press not in QUICK else [],
+        )
         for backend in BACKENDS
         for press in presses
-        for case in (
-            CASES[:1] if backend == "flax" else CASES
-        )  # what flax keeps elsewhere is held to the reference
+        for case in asked_of(backend)
     ]
 
 
