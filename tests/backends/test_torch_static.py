@@ -31,6 +31,7 @@ POLICIES = (
 )
 FAST = [pytest.param(one, marks=pytest.mark.slow) if one in POLICIES[4:6] else one for one in POLICIES]
 STEPS = LOOK + 5
+GREEDY = Sampling()
 HOST = {"compactor", "fastgen", "leverage", "sink_recent"}  # make a tensor of the host's numbers in a hook
 
 
@@ -91,9 +92,9 @@ def stops(policy: str | Policy, sampling: Sampling) -> list[int]:
 
 @pytest.mark.parametrize("policy", FAST)
 def test_it_is_the_eager_loop(policy: str) -> None:
-    stop = stops(policy, Sampling())
-    expected = looped(eager, policy, Sampling(), stop)
-    found = looped(static, policy, Sampling(), stop)
+    stop = stops(policy, GREEDY)
+    expected = looped(eager, policy, GREEDY, stop)
+    found = looped(static, policy, GREEDY, stop)
     assert (expected[0][0, 6:] == -1).all()
     agree(expected, found)
 
@@ -101,9 +102,9 @@ def test_it_is_the_eager_loop(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["full()", "snapkv(budget=9, window=4, kernel=3)"])
 def test_steps_after_the_last_row_has_stopped_leave_nothing(policy: str) -> None:
     """The host looks later than that."""
-    (tokens, _, _) = looped(eager, policy, Sampling(), [])
+    (tokens, _, _) = looped(eager, policy, GREEDY, [])
     stop = [int(row[3]) for row in tokens]
-    expected, found = (looped(loop, policy, Sampling(), stop) for loop in (eager, static))
+    expected, found = (looped(loop, policy, GREEDY, stop) for loop in (eager, static))
     assert (expected[0][:, 4:] == -1).all()
     agree(expected, found)
 
@@ -116,8 +117,8 @@ EVERY = [example for one in policies.names() for example in policies.get(one).ex
     "policy", [one for one in EVERY if one.interval == 1 and not one.repositions], ids=lambda one: name(one)
 )
 def test_it_is_the_eager_loop_for_every_policy(policy: Policy) -> None:
-    stop = stops(policy, Sampling())
-    agree(looped(eager, policy, Sampling(), stop), looped(static, policy, Sampling(), stop))
+    stop = stops(policy, GREEDY)
+    agree(looped(eager, policy, GREEDY, stop), looped(static, policy, GREEDY, stop))
     assert bool(asked(policy)) == (type(policy).__module__.rpartition(".")[2] in HOST)
 
 
@@ -141,7 +142,7 @@ def test_it_is_the_eager_loop_in_other_families(family: str) -> None:
     for loop in (eager, static):
         logits, cache = model.step(tokens, model.cache("h2o(budget=11)", batch=2))
         assert static.qualifies(model, cache, 20)
-        found.append(inferred(loop, model, cache, logits[:, -1], Sampling(), (), 20))
+        found.append(inferred(loop, model, cache, logits[:, -1], GREEDY, (), 20))
     (ours, last, after), (theirs, expected, state) = found
     assert (ours == theirs).all()
     assert drift(last, expected) <= 1e-12
@@ -156,7 +157,7 @@ def test_a_step_is_used_again_and_made_anew_where_buffers_are_full(monkeypatch: 
             cache, logits = prompted("full()", model)
             pieces, steps = [], []
             for count in (3, 9, 11, 2):
-                tokens, logits, cache = inferred(loop, model, cache, logits, Sampling(), (), count)
+                tokens, logits, cache = inferred(loop, model, cache, logits, GREEDY, (), count)
                 pieces.append(tokens)
                 steps.append(cache.step)
             loops.append((np.concatenate(pieces, axis=1), logits, cache))
@@ -171,7 +172,7 @@ def test_a_step_is_used_again_and_made_anew_where_buffers_are_full(monkeypatch: 
 
 @pytest.mark.parametrize("change", ["sampling", "stop", "fork", "step"])
 def test_a_step_is_not_used_again_for_what_it_was_not_made_for(change: str) -> None:
-    model, (sampling, stop) = hybrid("torch"), (Sampling(), (5,))
+    model, (sampling, stop) = hybrid("torch"), (GREEDY, (5,))
     cache, logits = prompted("full()", model)
     tokens, logits, cache = inferred(static, model, cache, logits, sampling, stop, 3)
     first = cache.step
@@ -189,7 +190,7 @@ def test_a_step_is_not_used_again_for_what_it_was_not_made_for(change: str) -> N
     assert found[2].step is not first
 
 
-def made(policy: str | Policy, sampling: Sampling = Sampling()) -> Step:  # noqa: B008
+def made(policy: str | Policy, sampling: Sampling = GREEDY) -> Step:
     """A step behind the prompts, ready to run."""
     model = hybrid("torch")
     cache, logits = prompted(policy, model)
@@ -201,7 +202,7 @@ def made(policy: str | Policy, sampling: Sampling = Sampling()) -> Step:  # noqa
 
 
 @torch.inference_mode()
-def asked(policy: str | Policy, sampling: Sampling = Sampling()) -> list[str]:  # noqa: B008
+def asked(policy: str | Policy, sampling: Sampling = GREEDY) -> list[str]:
     """What a step asks the host."""
     step = made(policy, sampling)
     with Watch() as watch:
@@ -209,7 +210,7 @@ def asked(policy: str | Policy, sampling: Sampling = Sampling()) -> list[str]:  
     return watch.found
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01)])
 @pytest.mark.parametrize("policy", ["full()", "h2o(budget=9)", "snapkv(budget=9, window=4, kernel=3)"])
 def test_a_step_asks_the_host_nothing(policy: str, sampling: Sampling) -> None:
     assert asked(policy, sampling) == []
@@ -297,7 +298,7 @@ def test_a_score_that_is_no_number_is_refused() -> None:
         for layer in cache.layers[1:]:
             layer.memory["mass"].fill_(float("nan"))
         with pytest.raises(KvtwinError, match=r"h2o\(budget=9\) scored NaN in layer 1"):
-            static.decode(model, cache, logits, Sampling(), (), 5)
+            static.decode(model, cache, logits, GREEDY, (), 5)
 
 
 @pytest.mark.gpu
@@ -306,9 +307,9 @@ def test_a_recorded_step_is_the_eager_loop(policy: str) -> None:
     """On a GPU: one row stops, and the cache goes on."""
     model = hybrid("torch", "float32")
     assert model.device.type == "cuda"
-    stop = [int(looped(static, policy, Sampling(), [], model=model)[0][0, 5])]
-    expected = looped(eager_on_gpu, policy, Sampling(), stop, model=model)
-    found = looped(static, policy, Sampling(), stop, model=model)
+    stop = [int(looped(static, policy, GREEDY, [], model=model)[0][0, 5])]
+    expected = looped(eager_on_gpu, policy, GREEDY, stop, model=model)
+    found = looped(static, policy, GREEDY, stop, model=model)
     assert found[2].step.recorded.graph is not None
     assert (found[0] == expected[0]).all()
     assert drift(found[1], expected[1]) <= 1e-5
@@ -322,11 +323,11 @@ def test_a_recorded_step_is_the_eager_loop(policy: str) -> None:
 def test_a_recorded_step_is_the_same_step_run_by_itself(policy: str) -> None:
     """In bfloat16, which no other loop has to agree with bit by bit."""
     model = hybrid("torch", "bfloat16")
-    tokens, logits, cache = looped(static, policy, Sampling(), [], model=model)
+    tokens, logits, cache = looped(static, policy, GREEDY, [], model=model)
     assert cache.step.recorded.graph is not None
     with torch.inference_mode():
         start, first = prompted(policy, model)
-        step, written = Step(model, start, Sampling(), ()), []
+        step, written = Step(model, start, GREEDY, ()), []
         step.begin(start, torch.from_numpy(first).to(model.device), np.ones(3, bool))
         for _ in range(STEPS):
             step.turn.zero_()
